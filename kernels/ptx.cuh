@@ -1,0 +1,42 @@
+// The only file with inline assembly. Every function has a plain C++ twin, for compilers that target a CPU.
+//
+// CuPy compiles with -ftz=true, which would make float32 arithmetic and comparisons treat subnormal numbers as
+// zero. The library promises NumPy's results, so float32 goes through these instructions, which keep them.
+#pragma once
+
+namespace sbnet {
+
+// a + b, rounded to nearest.
+__device__ inline float add_exact(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float sum;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
+#else
+    return a + b;
+#endif
+}
+
+// a > b; false where either is NaN.
+__device__ inline bool greater_exact(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    int greater;
+    asm("{.reg .pred p; setp.gt.f32 p, %1, %2; selp.s32 %0, 1, 0, p;}" : "=r"(greater) : "f"(a), "f"(b));
+    return greater != 0;
+#else
+    return a > b;
+#endif
+}
+
+// The float64 of the same value.
+__device__ inline double widen_exact(float a) {
+#if defined(__CUDA_ARCH__)
+    double wide;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(a));
+    return wide;
+#else
+    return static_cast<double>(a);
+#endif
+}
+
+}  // namespace sbnet

@@ -1,0 +1,58 @@
+// Words: the units in which kernels move elements. The only file that casts pointers.
+#pragma once
+
+namespace sbnet {
+
+using int64 = long long;
+
+// Unsigned built-in type of kBytes bytes; 16 bytes is the widest access that a thread can make.
+template <int kBytes>
+struct RawType;
+template <>
+struct RawType<1> {
+    using type = unsigned char;
+};
+template <>
+struct RawType<2> {
+    using type = unsigned short;
+};
+template <>
+struct RawType<4> {
+    using type = unsigned int;
+};
+template <>
+struct RawType<8> {
+    using type = uint2;
+};
+template <>
+struct RawType<16> {
+    using type = uint4;
+};
+template <int kBytes>
+using Raw = typename RawType<kBytes>::type;
+
+// kLanes numbers that are loaded and stored together.
+template <typename T, int kLanes>
+struct alignas(sizeof(T) * kLanes) Vec {
+    static_assert(sizeof(T) * kLanes <= 16, "a word is at most 16 bytes: the widest load of a thread");
+    T lane[kLanes];
+};
+
+// The word at index `offset` of the tensor at `address`, counted in words.
+template <typename Word>
+__device__ inline Word load(const void* address, int64 offset) {
+    return static_cast<const Word*>(address)[offset];
+}
+
+// The same from memory that nothing writes while the kernel runs, which allows the read-only cache.
+template <typename Word>
+__device__ inline Word load_constant(const void* address, int64 offset) {
+    return __ldg(static_cast<const Word*>(address) + offset);
+}
+
+template <typename Word>
+__device__ inline void store(void* address, int64 offset, const Word& word) {
+    static_cast<Word*>(address)[offset] = word;
+}
+
+}  // namespace sbnet

@@ -1,0 +1,100 @@
+"""``sparse_gather``: image tensor to block stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _reference
+from ._geometry import parse_grid
+from ._validate import (
+    array_namespace,
+    check_indices,
+    check_numeric,
+    check_output,
+    check_rank,
+    check_same_dtype,
+    check_shape,
+    stack_shape,
+)
+
+
+def sparse_gather(
+    x: Any,
+    bin_counts: Any,
+    active_block_indices: Any,
+    *,
+    bsize: Sequence[int],
+    boffset: Sequence[int] = (0, 0),
+    bstride: Sequence[int],
+    transpose: bool = False,
+    out: Any = None,
+) -> Any:
+    """Copy blocks of an image tensor into a dense stack.
+
+    Row ``b`` of the stack is the block ``(n, i, j) = active_block_indices[b]``: the pixels
+    ``x[n, y:y + bsize[0], z:z + bsize[1], :]`` with ``y = boffset[0] + i*bstride[0]`` and
+    ``z = boffset[1] + j*bstride[1]``. Pixels outside of the image are 0.
+
+    Parameters
+    ----------
+    x : ndarray, shape (N, H, W, C)
+        Image tensor of any numeric or bool dtype and any strides. A transposed view of NCHW memory is
+        read as it lies, without a copy.
+    bin_counts : ndarray, shape (1,), int32
+        Number of rows of `active_block_indices` in use; a count above M means M.
+    active_block_indices : ndarray, shape (M, 3), int32
+        Blocks to copy, as rows ``(n, i, j)``. They may repeat and come in any order.
+    bsize, boffset, bstride : (int, int)
+        Size of a block, pixel of block (0, 0), and distance between blocks: (height, width) in pixels.
+    transpose : bool
+        Return blocks as ``[M, C, bsize[0], bsize[1]]`` instead of ``[M, bsize[0], bsize[1], C]``.
+    out : ndarray, optional
+        Stack to write to, of the result's shape and the dtype of `x`, in any strides.
+
+    Returns
+    -------
+    ndarray, shape (M, bsize[0], bsize[1], C), or (M, C, bsize[0], bsize[1])
+        The stack (`out` where it was given), of the dtype of `x`. Rows at or past ``bin_counts[0]``, and rows
+        whose `n` is outside of the batch, are 0.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different kinds, or an unsupported or wrong dtype.
+    ValueError
+        A wrong rank or shape, an array on another device than the current one, an `out` that is
+        read-only or overlaps an input, or a size or stride below 1.
+
+    Notes
+    -----
+    Copies bits: ``-0.0``, NaN payloads and infinities stay as they are. With CuPy arrays it is one kernel
+    on the current stream, without synchronisation; the only allocation is the stack. The result is
+    bitwise reproducible.
+    """
+    xp = array_namespace(
+        x=x, bin_counts=bin_counts, active_block_indices=active_block_indices, out=out
+    )
+    grid = parse_grid(bsize, boffset, bstride)
+    check_rank("x", x, "N, H, W, C")
+    check_numeric("x", x)
+    check_indices(bin_counts, active_block_indices)
+    shape = stack_shape(active_block_indices.shape[0], x.shape[3], grid, transpose)
+    if out is None:
+        out = xp.empty(shape, x.dtype)
+    else:
+        check_same_dtype("out", out, x.dtype, "x")
+        check_shape("out", out, shape, "M, C, height, width" if transpose else "M, height, width, C")
+        check_output(
+            "out", out, x=x, bin_counts=bin_counts, active_block_indices=active_block_indices
+        )
+    stack = out.transpose(0, 2, 3, 1) if transpose else out
+    if xp is np:
+        _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, stack)
+    else:
+        from . import _transfer
+
+        _transfer.gather(x, bin_counts, active_block_indices, grid, stack)
+    return out

@@ -1,0 +1,171 @@
+"""Names of the kernels' template instantiations, and which of them exist before anybody asks.
+
+Nothing here knows CuPy: tests compile the same instantiations on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: Square block sizes that are compiled and checked ahead: those that the original SBNet was built for.
+SIZE_TABLE = (*range(1, 35), 41, 48, 63, 64, 65, 81)
+
+#: Block sizes that `import` builds: powers of two, and the same with the halo of one 3x3 convolution.
+DEFAULT_SIZES = (8, 10, 16, 18, 32, 34)
+
+#: Widest word in bytes: the widest load of a thread.
+MAX_WORD = 16
+
+INDEX = "unsigned int"
+WIDE_INDEX = "unsigned long long"
+
+# C++ names of the numbers that can be added, by NumPy's. Signed integers wrap around to the same bits as
+# unsigned ones, and complex numbers are added part by part.
+_SUMMANDS = {
+    "int8": "unsigned char",
+    "uint8": "unsigned char",
+    "int16": "unsigned short",
+    "uint16": "unsigned short",
+    "int32": "unsigned int",
+    "uint32": "unsigned int",
+    "int64": "unsigned long long",
+    "uint64": "unsigned long long",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+    "complex64": "float",
+    "complex128": "double",
+}
+
+# C++ names of the mask's pixels.
+_PIXELS = {
+    "bool": "unsigned char",
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "int16": "short",
+    "uint16": "unsigned short",
+    "int32": "int",
+    "uint32": "unsigned int",
+    "int64": "long long",
+    "uint64": "unsigned long long",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+
+MASK_DTYPES = tuple(_PIXELS)
+SUM_DTYPES = tuple(_SUMMANDS)
+
+
+class Instance(NamedTuple):
+    """One instantiation: the file in the kernel folder and the C++ name expression."""
+
+    source: str
+    expression: str
+
+
+class Walk(NamedTuple):
+    """How a gather or scatter kernel goes through a block: what its template needs besides size and type."""
+
+    #: "channels" or "columns": what consecutive threads step along. "tiled": transpose through shared memory.
+    order: str
+    #: Bytes that a thread moves at once.
+    word: int
+    #: For "tiled": whether the image, not the stack, is contiguous along channels.
+    image_along_channels: bool = False
+    #: Whether a block has so many words that counting them takes 64 bits.
+    wide: bool = False
+
+
+def gather_instance(walk: Walk, bsize: tuple[int, int]) -> Instance:
+    """The gather kernel for blocks of `bsize`."""
+    return Instance("gather.cu", _transfer_expression("gather", str(walk.word), walk, bsize))
+
+
+def scatter_instance(walk: Walk, bsize: tuple[int, int], dtype: np.dtype[Any], add: bool) -> Instance:
+    """The scatter kernel for blocks of `bsize`; `dtype` matters only to `add`."""
+    if add:
+        summand = _SUMMANDS[dtype.name]
+        part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+        combine = f"sbnet::Sum<{summand}, {walk.word // part}>"
+    else:
+        combine = f"sbnet::Overwrite<{walk.word}>"
+    return Instance("scatter.cu", _transfer_expression("scatter", combine, walk, bsize))
+
+
+def _transfer_expression(name: str, first: str, walk: Walk, bsize: tuple[int, int]) -> str:
+    index = WIDE_INDEX if walk.wide else INDEX
+    if walk.order == "tiled":
+        name, last = f"{name}_tiled", "true" if walk.image_along_channels else "false"
+    else:
+        last = {"channels": "sbnet::Order::kChannels", "columns": "sbnet::Order::kColumns"}[walk.order]
+    return f"sbnet::{name}<{first}, {index}, {bsize[0]}, {bsize[1]}, {last}>"
+
+
+def cover_instance(add: bool) -> Instance:
+    """The kernel that builds the cover map: the whole lists for `add`, else the last row of each block."""
+    return Instance("cover.cu", "sbnet::cover_all" if add else "sbnet::cover_last")
+
+
+def activity_instance(dtype: np.dtype[Any], avgpool: bool) -> Instance:
+    """The pooling kernel of ``reduce_mask`` for masks of `dtype`."""
+    pool = "sbnet::AveragePool" if avgpool else "sbnet::MaxPool"
+    return Instance("reduce_mask.cu", f"sbnet::block_activity<{_PIXELS[dtype.name]}, {pool}>")
+
+
+COUNT_ACTIVE = Instance("reduce_mask.cu", "sbnet::count_active")
+COMPACT_ACTIVE = Instance("reduce_mask.cu", "sbnet::compact_active")
+
+
+def default_instances() -> list[Instance]:
+    """What `import` builds: enough for a first notebook.
+
+    That is: bool, uint8 and float32 masks; gather and plain scatter of blocks of the default sizes, of float32 or
+    any other 4-byte type with channels that fill 16-byte words or do not, and of any type in 16-byte words
+    (the usual channel counts in float16); adding float32 blocks; and the transposed stack.
+    """
+    float32 = np.dtype(np.float32)
+    found = [activity_instance(np.dtype(name), False) for name in ("bool", "uint8", "float32")]
+    found += [activity_instance(float32, True), COUNT_ACTIVE, COMPACT_ACTIVE]
+    found += [cover_instance(False), cover_instance(True)]
+    for size in DEFAULT_SIZES:
+        bsize = (size, size)
+        for walk in (Walk("channels", 16), Walk("channels", 4), Walk("tiled", 4, image_along_channels=True)):
+            found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, float32, False)]
+        found.append(scatter_instance(Walk("channels", 16), bsize, float32, True))
+    return list(dict.fromkeys(found))
+
+
+def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[Any]]) -> list[Instance]:
+    """Every instantiation that arrays of these dtypes and blocks of these sizes can ask for, whatever their layout.
+
+    Leaves out only 64-bit counting, for blocks of more than 2^31 words.
+    """
+    found = [COUNT_ACTIVE, COMPACT_ACTIVE, cover_instance(False), cover_instance(True)]
+    dtypes = list(dtypes)
+    for dtype in dtypes:
+        if dtype.name in _PIXELS:
+            found += [activity_instance(dtype, avgpool) for avgpool in (False, True)]
+    for bsize in bsizes:
+        for dtype in dtypes:
+            for walk in walks_for(dtype):
+                found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, dtype, False)]
+                if dtype.name in _SUMMANDS:
+                    found.append(scatter_instance(walk, bsize, dtype, True))
+    return list(dict.fromkeys(found))
+
+
+def walks_for(dtype: np.dtype[Any]) -> Iterator[Walk]:
+    """All ways in which blocks of `dtype` are walked."""
+    word = dtype.itemsize
+    yield Walk("columns", word)
+    yield Walk("tiled", word, image_along_channels=True)
+    yield Walk("tiled", word, image_along_channels=False)
+    while word <= MAX_WORD:
+        yield Walk("channels", word)
+        word *= 2

@@ -1,0 +1,255 @@
+"""The JIT: the only module that compiles kernels and holds what is compiled.
+
+Each compilation takes a text of two lines, a digest of all kernel sources and an ``#include``: NVRTC's messages then
+name the real file and line, and CuPy's disk cache notices an edited header.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+
+from ._instances import Instance, default_instances, instances_for
+from ._sources import kernel_folder, sources_digest
+
+#: Environment variable that chooses when the default set is built: ``import`` (the default) or ``lazy``.
+MODE_VARIABLE = "SBNET_CUPY_JIT"
+
+_kernels: dict[Instance, Any] = {}
+_lock = threading.Lock()
+_import_report = "nothing built at import"
+
+
+class KernelCompileError(RuntimeError):
+    """A kernel did not compile. The message carries NVRTC's log, with the file and line of each error."""
+
+
+def launch(instance: Instance, grid: Sequence[int], block: Sequence[int], arguments: tuple[Any, ...]) -> None:
+    """Run a kernel on the current stream, after compiling it if nobody has yet."""
+    kernel = _kernels.get(instance)
+    if kernel is None:
+        kernel = compile_instances([instance])[0]
+    kernel(tuple(grid), tuple(block), arguments)
+
+
+def pack(fields: Sequence[int]) -> np.ndarray[Any, Any]:
+    """A struct of 8-byte fields as one kernel argument, passed by value: each argument of its own costs host time."""
+    # CuPy passes a NumPy array of one element by value.
+    return np.array(fields, np.int64).view(f"V{8 * len(fields)}")
+
+
+def compile_instances(instances: Sequence[Instance]) -> list[Any]:
+    """Compile instantiations of one source file as one module, or take it from CuPy's disk cache.
+
+    Raises
+    ------
+    KernelCompileError
+        With NVRTC's log.
+    """
+    import cupy
+
+    source = instances[0].source
+    expressions = [instance.expression for instance in instances]
+    module = cupy.RawModule(
+        code=compile_text(source),
+        options=compile_options(),
+        name_expressions=expressions,
+    )
+    try:
+        kernels = [module.get_function(expression) for expression in expressions]
+    except cupy.cuda.compiler.CompileException as error:
+        raise KernelCompileError(_explain(source, expressions, str(error))) from None
+    with _lock:
+        for instance, kernel in zip(instances, kernels):
+            _kernels[instance] = kernel
+    return kernels
+
+
+def compile_text(source: str) -> str:
+    """The program that instantiates kernels of one source file."""
+    return f'// kernels {sources_digest()}\n#include "{source}"\n'
+
+
+def compile_options() -> tuple[str, ...]:
+    """NVRTC's options, besides those that CuPy adds."""
+    return ("-std=c++17", f"-I{kernel_folder()}")
+
+
+def _explain(source: str, expressions: Sequence[str], log: str) -> str:
+    message = f"{kernel_folder() / source}: NVRTC could not compile {', '.join(expressions)}\n{log}"
+    if "could not open source file" in log:
+        message += (
+            "\nA header of the CUDA toolkit is missing: install CuPy with its toolkit extra, for instance "
+            'pip install "cupy-cuda13x[ctk]"'
+        )
+    return message
+
+
+def precompile(
+    bsizes: Iterable[int | tuple[int, int]],
+    dtypes: Iterable[Any] = (np.float32,),
+    *,
+    progress: bool = True,
+) -> int:
+    """Compile all kernels that some block sizes and dtypes can need, into CuPy's disk cache.
+
+    Calls then find them there, in this process and in later ones, whatever the number of channels and the memory
+    layout: useful before a measurement, or when a container image is built.
+
+    Parameters
+    ----------
+    bsizes : iterable of int or (int, int)
+        Block sizes in pixels; an int stands for a square. Name the sizes of gather and those of scatter.
+    dtypes : iterable of dtype
+        Dtypes of image tensors and of masks.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    int
+        Number of kernels that are ready.
+
+    Raises
+    ------
+    RuntimeError
+        Without CuPy or without a CUDA device, whose architecture decides what is compiled.
+    TypeError, ValueError
+        A block size that is no size, or a dtype that the ops do not take.
+    KernelCompileError
+        If a kernel does not compile.
+
+    Notes
+    -----
+    Compiles in as many threads as there are CPU cores; one kernel takes about a tenth of a second. Does not synchronise.
+    """
+    sizes = [_parse_size(bsize) for bsize in bsizes]
+    instances = instances_for(sizes, [_parse_dtype(dtype) for dtype in dtypes])
+    reason = why_unavailable()
+    if reason:
+        raise RuntimeError(f"precompile needs CuPy and a CUDA device: {reason}")
+    import cupy
+    from tqdm import tqdm
+
+    device = cupy.cuda.Device()
+
+    def compile_one(instance: Instance) -> None:
+        with device:
+            compile_instances([instance])
+
+    missing = [instance for instance in instances if instance not in _kernels]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        futures = [pool.submit(compile_one, instance) for instance in missing]
+        try:
+            for future in tqdm(as_completed(futures), "compiling", len(futures), disable=not progress, unit="kernel"):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return len(instances)
+
+
+def _parse_size(bsize: Any) -> tuple[int, int]:
+    from ._geometry import parse_pair
+
+    pair = (bsize, bsize) if np.ndim(bsize) == 0 else bsize
+    return parse_pair("bsizes", pair, minimum=1)
+
+
+def _parse_dtype(dtype: Any) -> np.dtype[Any]:
+    parsed = np.dtype(dtype)
+    if (parsed.kind not in "biufc" and parsed.name != "bfloat16") or parsed.itemsize > 16:
+        raise TypeError(f"dtypes: expected numeric or bool dtypes that CuPy has, got {dtype!r}")
+    return parsed
+
+
+def compiled() -> list[str]:
+    """C++ names of the kernels that this process has ready."""
+    return sorted(instance.expression for instance in _kernels)
+
+
+def import_report() -> str:
+    """One line on what the import of the package built."""
+    return _import_report
+
+
+def device_available() -> bool:
+    """Whether CuPy can be imported and sees a CUDA device. Never raises."""
+    return not why_unavailable()
+
+
+def why_unavailable() -> str:
+    """Why CuPy cannot be used here, in a few words; empty if it can."""
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        return 'CuPy is not installed; pip install "sbnet-cupy[cu13]"'
+    except Exception as error:  # a driver that is missing, too old or broken
+        return f"no CUDA device: {error}"
+    return "" if count else "no CUDA device"
+
+
+def build_at_import() -> None:
+    """Build the default set where there is a device and the user has not asked to be lazy. Never raises."""
+    global _import_report
+    mode = os.environ.get(MODE_VARIABLE, "import")
+    if mode not in ("import", "lazy"):
+        warnings.warn(f"{MODE_VARIABLE}: expected 'import' or 'lazy', got {mode!r}; using 'import'", stacklevel=3)
+    if mode == "lazy":
+        _import_report = f"nothing built at import: {MODE_VARIABLE}=lazy"
+        return
+    if not _driver_sees_device() or importlib.util.find_spec("cupy") is None:
+        return
+    begin = time.perf_counter()
+    try:
+        _build_default_set()
+    except Exception as error:  # told again, in full, by the first call that needs the kernel
+        _import_report = f"the build at import failed: {str(error).splitlines()[0]}"
+    else:
+        seconds = time.perf_counter() - begin
+        _import_report = f"{len(_kernels)} kernels built or read from the cache at import, in {seconds:.2f} s"
+
+
+def _build_default_set() -> None:
+    """One module for each source file and block size class, compiled side by side."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    groups: dict[tuple[str, int], list[Instance]] = {}
+    for number, instance in enumerate(default_instances()):
+        # Groups of a few kernels: small enough to spread over cores, large enough to share parsing the headers.
+        key = (instance.source, number // _GROUP)
+        groups.setdefault(key, []).append(instance)
+
+    def compile_group(group: list[Instance]) -> None:
+        with device:
+            compile_instances(group)
+
+    with ThreadPoolExecutor(max(1, min(len(groups), os.cpu_count() or 1))) as pool:
+        list(pool.map(compile_group, groups.values()))
+
+
+#: Kernels that are compiled as one module at import, at most.
+_GROUP = 12
+
+
+def _driver_sees_device() -> bool:
+    """Ask the driver for its devices without importing CuPy, which takes most of a second."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+        count = ctypes.c_int()
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False

@@ -1,0 +1,147 @@
+"""``reduce_mask``: dense mask to the list of its active blocks."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _reference
+from ._geometry import BlockGrid, parse_grid, parse_pair
+from ._validate import array_namespace, check_mask_dtype
+
+_INT32_MAX = 2**31 - 1
+
+
+class BlockIndices(NamedTuple):
+    """Active blocks of a mask, as :func:`reduce_mask` returns them.
+
+    Attributes
+    ----------
+    active_block_indices : ndarray, shape (M, 3), int32
+        Rows ``(n, i, j)`` in ascending lexicographic order: image of the batch, block row, block column.
+    bin_counts : ndarray, shape (1,), int32
+        Number of active blocks.
+    """
+
+    active_block_indices: Any
+    bin_counts: Any
+
+
+def reduce_mask(
+    mask: Any,
+    bcount: Sequence[int],
+    *,
+    bsize: Sequence[int],
+    boffset: Sequence[int] = (0, 0),
+    bstride: Sequence[int],
+    tol: float = 0.5,
+    avgpool: bool = False,
+    capacity: int | None = None,
+) -> BlockIndices:
+    """Find the blocks of a grid in which a mask is active.
+
+    Block ``(n, i, j)`` covers the pixels ``mask[n, y:y + bsize[0], z:z + bsize[1]]`` with
+    ``y = boffset[0] + i*bstride[0]`` and ``z = boffset[1] + j*bstride[1]``; the parts that hang over an edge
+    have no pixels.
+
+    Parameters
+    ----------
+    mask : ndarray, shape (N, H, W) or (N, H, W, 1)
+        Bool, integer or floating, in any strides.
+    bcount : (int, int)
+        Number of blocks in height and in width, >= 0.
+    bsize, boffset, bstride : (int, int)
+        Size of a block, pixel of block (0, 0), and distance between blocks: (height, width) in pixels.
+    tol : float
+        A block is active where its pooled value is above `tol`. NaN is above nothing.
+    avgpool : bool
+        False: a block is active if any of its pixels is ``> tol``. As in NumPy, `tol` is rounded to the
+        dtype of a floating mask; integers are compared without rounding. True: if the sum of its pixels over the
+        full area ``bsize[0]*bsize[1]`` is ``> tol``. Sums are float64, exact for integers and bool.
+    capacity : int, optional
+        Length M of the result. Without it, M is the number of active blocks.
+
+    Returns
+    -------
+    BlockIndices
+        ``active_block_indices`` int32 ``[M, 3]`` in ascending order and ``bin_counts`` int32 ``[1]``. With
+        `capacity`, rows past the count are ``(-1, -1, -1)``, and ``bin_counts`` is the true count, also where it
+        exceeds `capacity`: then the first `capacity` active blocks are listed.
+
+    Raises
+    ------
+    TypeError
+        `mask` is no array or has another dtype; `tol` or `capacity` is no number.
+    ValueError
+        A wrong rank, a size or stride below 1, a negative `bcount` or `capacity`, more than ``2**31 - 1``
+        blocks, or an array on another device than the current one.
+
+    Notes
+    -----
+    With CuPy arrays, work runs on the current stream. Without `capacity` it synchronises that stream once, to read
+    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid. With
+    `capacity` it does not synchronise. Either way it also allocates one byte for each block of the grid, given
+    back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of
+    floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.
+    """
+    xp = array_namespace(mask=mask)
+    grid = parse_grid(bsize, boffset, bstride)
+    blocks = parse_pair("bcount", bcount, minimum=0)
+    check_mask_dtype("mask", mask)
+    if mask.ndim == 4 and mask.shape[3] == 1:
+        mask = mask[..., 0]
+    elif mask.ndim != 3:
+        raise ValueError(f"mask: expected shape (N, H, W) or (N, H, W, 1), got {mask.shape}")
+    if mask.shape[0] * blocks[0] * blocks[1] > _INT32_MAX:
+        raise ValueError(
+            f"bcount: expected at most 2**31 - 1 blocks in the batch, got {mask.shape[0]} x {blocks[0]} x "
+            f"{blocks[1]}"
+        )
+    threshold = _parse_tol(tol)
+    if capacity is not None:
+        capacity = _parse_capacity(capacity)
+    if xp is np:
+        return _reduce_on_host(mask, blocks, grid, threshold, avgpool, capacity)
+    from . import _pooling
+
+    return BlockIndices(*_pooling.reduce_mask(mask, blocks, grid, threshold, avgpool, capacity))
+
+
+def _reduce_on_host(
+    mask: Any, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
+) -> BlockIndices:
+    indices = _reference.compact(_reference.block_activity(mask, bcount, grid, tol, avgpool))
+    bin_counts = np.array([len(indices)], np.int32)
+    if capacity is not None:
+        padded = np.full((capacity, 3), -1, np.int32)
+        padded[: len(indices)] = indices[:capacity]
+        indices = padded
+    return BlockIndices(indices, bin_counts)
+
+
+def _parse_tol(tol: Any) -> float:
+    if not isinstance(tol, (Real, np.number, np.bool_)) or isinstance(tol, np.complexfloating):
+        raise TypeError(f"tol: expected a real number, got {type(tol).__name__}")
+    try:
+        return float(tol)
+    except OverflowError:  # an integer beyond float64: above or below every pixel alike
+        return math.inf if tol > 0 else -math.inf
+
+
+def _parse_capacity(capacity: Any) -> int:
+    try:
+        if isinstance(capacity, (bool, np.bool_)):
+            raise TypeError
+        value = operator.index(capacity)
+    except TypeError:
+        raise TypeError(
+            f"capacity: expected an integer or None, got {type(capacity).__name__}"
+        ) from None
+    if not 0 <= value <= _INT32_MAX:
+        raise ValueError(f"capacity: expected an integer from 0 to 2**31 - 1, got {value}")
+    return value

@@ -1,0 +1,202 @@
+"""``sparse_scatter`` and ``sparse_scatter_var``: block stack to image tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _reference
+from ._geometry import BlockGrid, parse_grid
+from ._validate import (
+    array_namespace,
+    check_addable,
+    check_indices,
+    check_numeric,
+    check_output,
+    check_rank,
+    check_same_dtype,
+    check_shape,
+    stack_shape,
+)
+
+
+def sparse_scatter(
+    blocks: Any,
+    bin_counts: Any,
+    active_block_indices: Any,
+    x: Any,
+    *,
+    bsize: Sequence[int],
+    boffset: Sequence[int] = (0, 0),
+    bstride: Sequence[int],
+    add: bool = False,
+    atomic: bool = False,
+    transpose: bool = False,
+    out: Any = None,
+) -> Any:
+    """Write blocks over a copy of an image tensor, or add them to it.
+
+    The opposite of :func:`sparse_gather`: block ``b`` goes to the pixels that
+    ``active_block_indices[b]`` names. `x` is not changed; :func:`sparse_scatter_var` changes it in place
+    and saves the copy.
+
+    Parameters
+    ----------
+    blocks : ndarray, shape (M, bsize[0], bsize[1], C), or (M, C, bsize[0], bsize[1]) with `transpose`
+        Block stack of the dtype of `x`, in any strides. Pixels outside of the image are dropped.
+    bin_counts : ndarray, shape (1,), int32
+        Number of rows of `active_block_indices` in use; a count above M means M.
+    active_block_indices : ndarray, shape (M, 3), int32
+        Rows ``(n, i, j)``. Rows at or past ``bin_counts[0]``, and rows outside of the batch or of the image,
+        are ignored.
+    x : ndarray, shape (N, H, W, C)
+        Base tensor, in any strides.
+    bsize, boffset, bstride : (int, int)
+        Size of a block, pixel of block (0, 0), and distance between blocks: (height, width) in pixels.
+    add : bool
+        Add the blocks to the base instead of writing them over it. Takes integers (they wrap around),
+        float16, bfloat16, float32, float64 and complex. Half types are summed in float32 and rounded once.
+    atomic : bool
+        With `add`, says that blocks may overlap and asks that overlaps are summed. It is a wish about the result:
+        no atomics are used.
+    transpose : bool
+        Blocks are ``[M, C, bsize[0], bsize[1]]``.
+    out : ndarray, optional
+        Where to put the result: shape and dtype of `x`, in any strides, and no memory of an input.
+
+    Returns
+    -------
+    ndarray, shape (N, H, W, C)
+        The new tensor (`out` where it was given), in the memory order of `x`.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different kinds, or an unsupported or wrong dtype.
+    ValueError
+        A wrong rank or shape, an array on another device than the current one, an `out` that is read-only
+        or overlaps an input, a size or stride below 1, or ``add=True`` on a grid whose blocks
+        overlap without ``atomic=True``. Nothing is changed then.
+
+    Notes
+    -----
+    Where blocks overlap or repeat, they act in the order of the indices: without `add` the later
+    one wins, with `add` each is added in turn, as a loop over the rows would do in NumPy. The result is the same
+    to the bit in every run.
+
+    With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
+    copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return.
+    """
+    grid, xp = _check_arguments(
+        blocks, bin_counts, active_block_indices, x, bsize, boffset, bstride, add, atomic, transpose, out
+    )
+    if out is None:
+        out = x.copy(order="K")
+    else:
+        check_same_dtype("out", out, x.dtype, "x")
+        check_shape("out", out, x.shape, "N, H, W, C")
+        check_output(
+            "out", out, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x
+        )
+        xp.copyto(out, x)
+    _scatter_into(out, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
+    return out
+
+
+def sparse_scatter_var(
+    blocks: Any,
+    bin_counts: Any,
+    active_block_indices: Any,
+    x: Any,
+    *,
+    bsize: Sequence[int],
+    boffset: Sequence[int] = (0, 0),
+    bstride: Sequence[int],
+    add: bool = False,
+    atomic: bool = False,
+    transpose: bool = False,
+) -> Any:
+    """Write blocks over an image tensor in place, or add them to it, and return the tensor.
+
+    The same as :func:`sparse_scatter`, without its copy: touches the pixels of the active blocks and no others.
+
+    Parameters
+    ----------
+    blocks, bin_counts, active_block_indices, bsize, boffset, bstride, add, atomic, transpose
+        As in :func:`sparse_scatter`.
+    x : ndarray, shape (N, H, W, C)
+        Tensor to change, writable, in any strides that give each element an address of its own; shares no
+        memory with the other arrays.
+
+    Returns
+    -------
+    ndarray, shape (N, H, W, C)
+        `x` itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`sparse_scatter`. Nothing is changed then.
+
+    Notes
+    -----
+    Order, reproducibility, synchronisation and allocations are those of :func:`sparse_scatter`, except that no
+    tensor is allocated or copied.
+    """
+    grid, xp = _check_arguments(
+        blocks, bin_counts, active_block_indices, x, bsize, boffset, bstride, add, atomic, transpose
+    )
+    check_output(
+        "x", x, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices
+    )
+    _scatter_into(x, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
+    return x
+
+
+def _check_arguments(
+    blocks: Any,
+    bin_counts: Any,
+    active_block_indices: Any,
+    x: Any,
+    bsize: Sequence[int],
+    boffset: Sequence[int],
+    bstride: Sequence[int],
+    add: bool,
+    atomic: bool,
+    transpose: bool,
+    out: Any = None,
+) -> tuple[BlockGrid, Any]:
+    xp = array_namespace(
+        blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out
+    )
+    grid = parse_grid(bsize, boffset, bstride)
+    check_rank("x", x, "N, H, W, C")
+    check_numeric("x", x)
+    check_same_dtype("blocks", blocks, x.dtype, "x")
+    check_indices(bin_counts, active_block_indices)
+    shape = stack_shape(active_block_indices.shape[0], x.shape[3], grid, transpose)
+    check_shape("blocks", blocks, shape, "M, C, height, width" if transpose else "M, height, width, C")
+    if add:
+        check_addable("x", x)
+        if grid.overlaps and not atomic:
+            raise ValueError(
+                f"atomic: expected True to add blocks that overlap (bsize {grid.bsize} exceeds bstride "
+                f"{grid.bstride}), got {atomic!r}"
+            )
+    return grid, xp
+
+
+def _scatter_into(
+    x: Any, blocks: Any, bin_counts: Any, indices: Any, grid: BlockGrid, add: bool, transpose: bool, xp: Any
+) -> None:
+    stack = blocks.transpose(0, 2, 3, 1) if transpose else blocks
+    if xp is np:
+        scatter = _reference.scatter_add if add else _reference.scatter
+        scatter(stack, int(bin_counts[0]), indices, grid, x)
+    else:
+        from . import _transfer
+
+        _transfer.scatter(stack, bin_counts, indices, grid, x, add)

@@ -1,0 +1,50 @@
+"""Which tests need a CUDA device, and how many examples Hypothesis tries.
+
+Environment variables
+---------------------
+SBNET_CUPY_REQUIRE_GPU
+    ``1``: without a usable CUDA device the run fails, instead of skipping the tests that need one.
+HYPOTHESIS_PROFILE
+    ``default``, ``ci`` (the same examples in every run; the default where ``CI`` is set) or ``thorough``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import hypothesis
+import pytest
+
+# No deadlines: the first call on a device compiles a kernel.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
+)
+
+
+@functools.cache
+def no_device() -> str:
+    """Return why there is no usable CUDA device: empty where there is one."""
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy is missing or broken, or the driver is missing or too old
+        return f"no CUDA device: {type(error).__name__}: {' '.join(str(error).split())}"
+    return "" if count else "no CUDA device: none is visible"
+
+
+def pytest_configure() -> None:
+    """Refuse to run without a device where one is required."""
+    if os.environ.get("SBNET_CUPY_REQUIRE_GPU") == "1" and no_device():
+        raise pytest.UsageError(f"SBNET_CUPY_REQUIRE_GPU=1, but {no_device()}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no device."""
+    for item in items:
+        if item.get_closest_marker("gpu") and no_device():
+            item.add_marker(pytest.mark.skip(reason=no_device()))
