@@ -12,6 +12,7 @@ __device__ inline int* head_of(const Transfer& t, const Cover& cover, int64 row)
 }
 
 // head = the last row of each block: all that overwriting needs.
+// Registers: at most 32.
 __global__ void __launch_bounds__(kMaxThreads) cover_last(const Transfer t, const Cover cover) {
     const int64 row = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     int* head = head_of(t, cover, row);
@@ -20,6 +21,7 @@ __global__ void __launch_bounds__(kMaxThreads) cover_last(const Transfer t, cons
 
 // head and next = all rows of each block as an ascending list. Rows insert themselves in any order, and only ever
 // insert, so compare-and-swap needs no more care; the sorted list of a set of rows is the same however it grew.
+// Registers: at most 32.
 __global__ void __launch_bounds__(kMaxThreads) cover_all(const Transfer t, const Cover cover) {
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     int* link = head_of(t, cover, index);

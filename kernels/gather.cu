@@ -4,6 +4,7 @@
 namespace sbnet {
 
 // Image and stack are contiguous along the same axis (or along none): words go straight through registers.
+// Registers: at most 80.
 template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
 __global__ void __launch_bounds__(kMaxThreads, kMinCtas) gather(const Transfer t) {
     using Word = Raw<kWordBytes>;
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) gather(const Transfer t
 
 // One of image and stack is contiguous along channels, the other along pixels: tiles turn in shared memory, so
 // that both sides are read and written along what is contiguous. Words are single elements here.
+// Registers: at most 64.
 template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels>
 __global__ void __launch_bounds__(kTile* kTileRows, kMinCtas) gather_tiled(const Transfer t) {
     using Word = Raw<kWordBytes>;

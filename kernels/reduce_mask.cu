@@ -35,6 +35,7 @@ __device__ inline void pixels_of(const Axis& axis, int64 size, int64 index, int6
 // One CTA pools a strip of neighbouring blocks of one grid row. Each thread first reduces the rows of one pixel column,
 // which reads the mask in coalesced lines and each pixel once however much blocks overlap sideways; then warps
 // reduce the columns of each block. Wide strips go through shared memory in pieces of kPoolThreads columns.
+// Registers: at most 80.
 template <typename T, template <typename> class PoolOf>
 __global__ void __launch_bounds__(kPoolThreads) block_activity(const Pooling p) {
     using Pool = PoolOf<T>;
@@ -134,6 +135,7 @@ __device__ inline void block_scan(int value, int& before, int& total) {
     }
 }
 
+// Registers: at most 64.
 __global__ void __launch_bounds__(kCompactThreads) count_active(const Compaction c) {
     const int64 begin = blockIdx.x * c.tile;
     const int64 end = begin + c.tile < c.blocks ? begin + c.tile : c.blocks;
@@ -144,6 +146,7 @@ __global__ void __launch_bounds__(kCompactThreads) count_active(const Compaction
 }
 
 // Each CTA lists the active blocks of its tile, behind those of all tiles before it.
+// Registers: at most 64.
 __global__ void __launch_bounds__(kCompactThreads) compact_active(const Compaction c) {
     __shared__ int first_row;
     int next_row = 0, count = 0;

@@ -65,6 +65,7 @@ __device__ inline void put_shared(const Transfer& t, const Cover& cover, const P
 }
 
 // Image and stack are contiguous along the same axis (or along none).
+// Registers: at most 128.
 template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
 __global__ void __launch_bounds__(kMaxThreads, kMinCtas) scatter(const Transfer t, const Cover cover) {
     using Word = typename Combine::Word;
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) scatter(const Transfer 
 }
 
 // One of image and stack is contiguous along channels, the other along pixels; see gather_tiled.
+// Registers: at most 80.
 template <typename Combine, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels>
 __global__ void __launch_bounds__(kTile* kTileRows, kMinCtas) scatter_tiled(const Transfer t, const Cover cover) {
     using Word = typename Combine::Word;

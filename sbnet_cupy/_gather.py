@@ -74,9 +74,7 @@ def sparse_gather(
     on the current stream, without synchronisation; the only allocation is the stack. The result is
     bitwise reproducible.
     """
-    xp = array_namespace(
-        x=x, bin_counts=bin_counts, active_block_indices=active_block_indices, out=out
-    )
+    xp = array_namespace(x=x, bin_counts=bin_counts, active_block_indices=active_block_indices, out=out)
     grid = parse_grid(bsize, boffset, bstride)
     check_rank("x", x, "N, H, W, C")
     check_numeric("x", x)
@@ -87,9 +85,7 @@ def sparse_gather(
     else:
         check_same_dtype("out", out, x.dtype, "x")
         check_shape("out", out, shape, "M, C, height, width" if transpose else "M, height, width, C")
-        check_output(
-            "out", out, x=x, bin_counts=bin_counts, active_block_indices=active_block_indices
-        )
+        check_output("out", out, x=x, bin_counts=bin_counts, active_block_indices=active_block_indices)
     stack = out.transpose(0, 2, 3, 1) if transpose else out
     if xp is np:
         _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, stack)

@@ -84,7 +84,7 @@ def parse_pair(name: str, value: Sequence[int], *, minimum: int | None = None) -
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     if max(map(abs, pair)) >= _LIMIT:
         raise ValueError(f"{name}: expected {wanted}, below 2**62 in magnitude, got {value!r}")
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def _integer(value: Any) -> int:

@@ -141,6 +141,15 @@ def default_instances() -> list[Instance]:
     return list(dict.fromkeys(found))
 
 
+def table_instances(size: int) -> list[Instance]:
+    """What one entry of the size table stands for: float32 blocks in wide and single words, in every order."""
+    bsize, float32 = (size, size), np.dtype(np.float32)
+    found = [scatter_instance(Walk("channels", 16), bsize, float32, True)]
+    for walk in (Walk("channels", 16), Walk("channels", 4), Walk("columns", 4), Walk("tiled", 4, True)):
+        found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, float32, False)]
+    return found
+
+
 def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[Any]]) -> list[Instance]:
     """Every instantiation that arrays of these dtypes and blocks of these sizes can ask for, whatever their layout.
 

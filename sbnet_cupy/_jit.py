@@ -166,7 +166,7 @@ def _parse_size(bsize: Any) -> tuple[int, int]:
 
 
 def _parse_dtype(dtype: Any) -> np.dtype[Any]:
-    parsed = np.dtype(dtype)
+    parsed: np.dtype[Any] = np.dtype(dtype)
     if (parsed.kind not in "biufc" and parsed.name != "bfloat16") or parsed.itemsize > 16:
         raise TypeError(f"dtypes: expected numeric or bool dtypes that CuPy has, got {dtype!r}")
     return parsed
@@ -209,10 +209,10 @@ def build_at_import() -> None:
     if mode == "lazy":
         _import_report = f"nothing built at import: {MODE_VARIABLE}=lazy"
         return
-    if not _driver_sees_device() or importlib.util.find_spec("cupy") is None:
-        return
     begin = time.perf_counter()
     try:
+        if importlib.util.find_spec("cupy") is None or not _driver_sees_device():
+            return
         _build_default_set()
     except Exception as error:  # told again, in full, by the first call that needs the kernel
         _import_report = f"the build at import failed: {str(error).splitlines()[0]}"

@@ -42,9 +42,7 @@ def reduce_mask(
     return indices, bin_counts
 
 
-def _pool(
-    mask: Any, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, activity: Any
-) -> None:
+def _pool(mask: Any, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, activity: Any) -> None:
     """Write 1 to `activity` for every active block, 0 for the others."""
     every, integer = 0, 0
     if not avgpool and mask.dtype.kind in "biu":

@@ -99,8 +99,7 @@ def reduce_mask(
         raise ValueError(f"mask: expected shape (N, H, W) or (N, H, W, 1), got {mask.shape}")
     if mask.shape[0] * blocks[0] * blocks[1] > _INT32_MAX:
         raise ValueError(
-            f"bcount: expected at most 2**31 - 1 blocks in the batch, got {mask.shape[0]} x {blocks[0]} x "
-            f"{blocks[1]}"
+            f"bcount: expected at most 2**31 - 1 blocks in the batch, got {mask.shape[0]} x {blocks[0]} x {blocks[1]}"
         )
     threshold = _parse_tol(tol)
     if capacity is not None:
@@ -130,7 +129,7 @@ def _parse_tol(tol: Any) -> float:
     try:
         return float(tol)
     except OverflowError:  # an integer beyond float64: above or below every pixel alike
-        return math.inf if tol > 0 else -math.inf
+        return math.inf if tol > 0 else -math.inf  # type: ignore[operator]
 
 
 def _parse_capacity(capacity: Any) -> int:
@@ -139,9 +138,7 @@ def _parse_capacity(capacity: Any) -> int:
             raise TypeError
         value = operator.index(capacity)
     except TypeError:
-        raise TypeError(
-            f"capacity: expected an integer or None, got {type(capacity).__name__}"
-        ) from None
+        raise TypeError(f"capacity: expected an integer or None, got {type(capacity).__name__}") from None
     if not 0 <= value <= _INT32_MAX:
         raise ValueError(f"capacity: expected an integer from 0 to 2**31 - 1, got {value}")
     return value

@@ -56,9 +56,7 @@ def _placed_blocks(
                 yield row, (n, rows, cols), (part_rows, part_cols)
 
 
-def block_activity(
-    mask: Array, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool
-) -> Array:
+def block_activity(mask: Array, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool) -> Array:
     """Whether each block of the grid is active: bool ``[N, bcount[0], bcount[1]]``.
 
     A block is a rectangle, so it is pooled over rows first and over columns second.
@@ -79,7 +77,7 @@ def above(mask: Array, tol: float) -> Array:
         return np.zeros(mask.shape, bool) if limit is None else _above_integer(mask, limit)
     with np.errstate(over="ignore"):
         result: Array = mask > mask.dtype.type(tol)
-    return result
+        return result
 
 
 def _above_integer(mask: Array, limit: int) -> Array:
@@ -87,7 +85,8 @@ def _above_integer(mask: Array, limit: int) -> Array:
         mask = mask.view(np.uint8)
     if limit < np.iinfo(mask.dtype).min:
         return np.ones(mask.shape, bool)
-    return mask > mask.dtype.type(limit)
+    result: Array = mask > mask.dtype.type(limit)
+    return result
 
 
 def integer_threshold(dtype: np.dtype[Any], tol: float) -> int | None:
@@ -130,4 +129,5 @@ def _pool_spans(op: np.ufunc, image: Array, bcount: tuple[int, int], height: Any
 
 def compact(active: Array) -> Array:
     """Indices ``[M, 3]`` of the active blocks, ascending: NumPy's own row-major order."""
-    return np.argwhere(active).astype(np.int32)
+    indices: Array = np.argwhere(active).astype(np.int32)
+    return indices

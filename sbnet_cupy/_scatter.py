@@ -98,9 +98,7 @@ def sparse_scatter(
     else:
         check_same_dtype("out", out, x.dtype, "x")
         check_shape("out", out, x.shape, "N, H, W, C")
-        check_output(
-            "out", out, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x
-        )
+        check_output("out", out, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
         xp.copyto(out, x)
     _scatter_into(out, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
     return out
@@ -149,9 +147,7 @@ def sparse_scatter_var(
     grid, xp = _check_arguments(
         blocks, bin_counts, active_block_indices, x, bsize, boffset, bstride, add, atomic, transpose
     )
-    check_output(
-        "x", x, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices
-    )
+    check_output("x", x, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices)
     _scatter_into(x, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
     return x
 
@@ -169,9 +165,7 @@ def _check_arguments(
     transpose: bool,
     out: Any = None,
 ) -> tuple[BlockGrid, Any]:
-    xp = array_namespace(
-        blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out
-    )
+    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out)
     grid = parse_grid(bsize, boffset, bstride)
     check_rank("x", x, "N, H, W, C")
     check_numeric("x", x)

@@ -32,8 +32,7 @@ def kernel_folder() -> Path:
         if (place / _SENTINEL).is_file():
             return place
     raise RuntimeError(
-        f"kernel sources: expected {_SENTINEL} in {places[0]} or in {places[1]}, got neither; "
-        "install sbnet-cupy again"
+        f"kernel sources: expected {_SENTINEL} in {places[0]} or in {places[1]}, got neither; install sbnet-cupy again"
     )
 
 

@@ -14,25 +14,24 @@ from ._geometry import BlockGrid
 _OVERLAP_WORK = 10_000
 
 _ADDABLE = frozenset(
-    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
-    "float16 bfloat16 float32 float64 complex64 complex128".split()
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128".split()
 )
 
 
-def array_namespace(**arrays: Any) -> ModuleType:
-    """``numpy`` or ``cupy``, whichever all `arrays` belong to; those that are None are left out.
+def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
+    """``numpy`` or ``cupy``, whichever all `arrays`, and `out` if it is given, belong to.
 
     CuPy is looked for among the imported modules: without it, nobody can hold one of its arrays.
     """
+    if out is not None:
+        arrays["out"] = out
     cupy = sys.modules.get("cupy")
     on_device = getattr(cupy, "ndarray", ())
     first = ""
-    namespace: ModuleType | None = None
+    namespace: Any = None  # a module; Any, since modules have no types of their own
     for name, array in arrays.items():
-        if array is None:
-            continue
         if isinstance(array, np.ndarray):
-            own: ModuleType | None = np
+            own: Any = np
         elif isinstance(array, on_device):
             own = cupy
         else:
@@ -40,16 +39,12 @@ def array_namespace(**arrays: Any) -> ModuleType:
         if namespace is None:
             first, namespace = name, own
         elif own is not namespace:
-            raise TypeError(
-                f"{name}: expected a {namespace.__name__} array like {first}, got {_type_name(array)}"
-            )
-    assert namespace is not None
-    if namespace is not np:
-        current = namespace.cuda.runtime.getDevice()
+            raise TypeError(f"{name}: expected a {namespace.__name__} array like {first}, got {_type_name(array)}")
+    if namespace is cupy:
+        current = cupy.cuda.runtime.getDevice()
         for name, array in arrays.items():
-            if array is not None:
-                _check_on_device(name, array, current)
-    return namespace
+            _check_on_device(name, array, current)
+    return namespace  # type: ignore[no-any-return]
 
 
 def _check_on_device(name: str, array: Any, current: int) -> None:
@@ -57,8 +52,7 @@ def _check_on_device(name: str, array: Any, current: int) -> None:
         return
     if array.data.device_id != current:
         raise ValueError(
-            f"{name}: expected an array on the current device {current}, got one on device "
-            f"{array.data.device_id}"
+            f"{name}: expected an array on the current device {current}, got one on device {array.data.device_id}"
         )
     # Kernels move whole elements, each at a multiple of its size.
     unit = array.itemsize
@@ -116,9 +110,7 @@ def check_indices(bin_counts: Any, active_block_indices: Any) -> None:
     if bin_counts.shape != (1,):
         raise ValueError(f"bin_counts: expected shape (1,), got {bin_counts.shape}")
     if active_block_indices.ndim != 2 or active_block_indices.shape[1] != 3:
-        raise ValueError(
-            f"active_block_indices: expected shape (M, 3), got {active_block_indices.shape}"
-        )
+        raise ValueError(f"active_block_indices: expected shape (M, 3), got {active_block_indices.shape}")
 
 
 def stack_shape(rows: int, channels: int, grid: BlockGrid, transpose: bool) -> tuple[int, ...]:
@@ -138,8 +130,7 @@ def check_output(name: str, array: Any, **inputs: Any) -> None:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
     if _repeats_elements(array):
         raise ValueError(
-            f"{name}: expected an array whose elements lie apart, got shape {array.shape} with strides "
-            f"{array.strides}"
+            f"{name}: expected an array whose elements lie apart, got shape {array.shape} with strides {array.strides}"
         )
     for other, value in inputs.items():
         if _share_memory(array, value):
@@ -167,7 +158,7 @@ def _share_memory(a: Any, b: Any) -> bool:
     if a_high <= b_low or b_high <= a_low:
         return False
     try:
-        return np.shares_memory(_address_view(a), _address_view(b), max_work=_OVERLAP_WORK)
+        return np.shares_memory(_address_view(a), _address_view(b), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -14,8 +14,7 @@ Array = np.ndarray[Any, Any]
 DTYPES = [
     np.dtype(name)
     for name in (
-        "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 "
-        "float16 float32 float64 complex64 complex128".split()
+        "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 complex64 complex128".split()
     )
 ]
 DTYPES.append(np.dtype(ml_dtypes.bfloat16))
@@ -107,9 +106,7 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], tuple[int,
     near = st.integers(-20, 20)
     boffset = draw(st.tuples(near, near) | st.tuples(near | far, near | far))
     # Equal to the size, overlapping by any amount, with holes, or so long that indices overflow 64 bits.
-    bstride = tuple(
-        draw(st.just(size) | st.integers(1, size + 3) | st.sampled_from([2**31, 2**61])) for size in bsize
-    )
+    bstride = tuple(draw(st.just(size) | st.integers(1, size + 3) | st.sampled_from([2**31, 2**61])) for size in bsize)
     return bsize, boffset, bstride  # type: ignore[return-value]
 
 

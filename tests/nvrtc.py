@@ -28,11 +28,14 @@ class Resources:
     shared_bytes: int
 
 
-def compile_for(architecture: str, instances: Sequence[Instance]) -> list[Resources]:
-    """Compile instantiations of one source file as one module; raises `CompileException` with NVRTC's log."""
+def compile_for(architecture: str, instances: Sequence[Instance], extra: str = "") -> list[Resources]:
+    """Compile instantiations of one source file, and `extra` text, as one module.
+
+    Raises `CompileException` with NVRTC's log.
+    """
     expressions = tuple(instance.expression for instance in instances)
     program = _NVRTCProgram(
-        compile_text(instances[0].source), "sbnet_cupy.cu", name_expressions=expressions, method="cubin"
+        compile_text(instances[0].source) + extra, "sbnet_cupy.cu", name_expressions=expressions, method="cubin"
     )
     # What CuPy adds for a RawModule: include folders of its own and of the toolkit, and two options.
     options = assemble_cupy_compiler_options(compile_options())

@@ -1,4 +1,4 @@
-"""The ops once more, pixel by pixel in plain Python: written from the specification alone, to check the library's NumPy.
+"""The ops once more, pixel by pixel in plain Python, from the specification alone: what NumPy is checked with.
 
 Slow on purpose. Nothing is shared with the package, so a mistake in its geometry cannot hide here.
 """

@@ -53,25 +53,19 @@ def test_gather_is_as_specified(case: Case, out_layout: str | None) -> None:
 
 @given(cases(), st.sampled_from(["var", "new", "out"]))
 def test_scatter_is_as_specified(case: Case, how: str) -> None:
-    expected = scatter(
-        case.stack, case.count, case.indices, case.x, case.bsize, case.boffset, case.bstride, False
-    )
+    expected = scatter(case.stack, case.count, case.indices, case.x, case.bsize, case.boffset, case.bstride, False)
     assert identical(run_scatter(case, np, False, how), expected)
 
 
 @given(cases(SUM_DTYPES), st.sampled_from(["var", "new", "out"]))
 def test_scatter_add_is_as_specified(case: Case, how: str) -> None:
-    expected = scatter(
-        case.stack, case.count, case.indices, case.x, case.bsize, case.boffset, case.bstride, True
-    )
+    expected = scatter(case.stack, case.count, case.indices, case.x, case.bsize, case.boffset, case.bstride, True)
     assert identical(run_scatter(case, np, True, how), expected, nan_payloads=False)
 
 
 @given(mask_cases())
 def test_reduce_mask_is_as_specified(case: MaskCase) -> None:
-    active, unsure = pool(
-        case.mask, case.bcount, case.bsize, case.boffset, case.bstride, case.tol, case.avgpool
-    )
+    active, unsure = pool(case.mask, case.bcount, case.bsize, case.boffset, case.bstride, case.tol, case.avgpool)
     found = sbnet_cupy.reduce_mask(case.array(np), case.bcount, **{**case.arguments, "capacity": None})
     # Where float64 rounding decides, both answers are right: take over the one that was given.
     for triple in np.argwhere(unsure):
@@ -131,9 +125,7 @@ def test_reduce_mask_is_the_same_on_the_device(case: MaskCase) -> None:
     if case.avgpool and case.mask.dtype.kind not in "biu":
         # The two sum in other orders: where that may decide, the oracle knows, and the case says nothing.
         with np.errstate(all="ignore"):
-            _, unsure = pool(
-                case.mask, case.bcount, case.bsize, case.boffset, case.bstride, case.tol, case.avgpool
-            )
+            _, unsure = pool(case.mask, case.bcount, case.bsize, case.boffset, case.bstride, case.tol, case.avgpool)
         if unsure.any():
             return
     assert identical(found.active_block_indices, expected.active_block_indices)

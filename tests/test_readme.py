@@ -1,0 +1,106 @@
+"""What README.md shows is run as it stands."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+FENCE = re.compile(r"^(?P<gpu><!-- needs: gpu -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^<!-- command: (\w+) -->\n```\w*\n(.*)\n```$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+def test_python_blocks_run(device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace.
+
+    Without a device, `import cupy as cp` means NumPy, and blocks directly after a line
+    ``<!-- needs: gpu -->`` are left out.
+    """
+    text = README.read_text(encoding="utf-8")
+    blocks = list(FENCE.finditer(text))
+    assert blocks
+    assert len(blocks) == text.count("```python")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        code = block["code"]
+        if not device:
+            if block["gpu"]:
+                continue
+            code = re.sub(r"\bimport cupy\b(?! as)", "import numpy as cupy", code)
+            code = code.replace("import cupy as", "import numpy as")
+        run_block(code, text.count("\n", 0, block.start("code")), namespace)
+
+
+def run_block(code: str, line: int, namespace: dict[str, Any]) -> None:
+    """Run `code`, which begins after `line` lines of the README: as a doctest where it has prompts."""
+    if ">>> " not in code:
+        # Empty lines in front, so that a traceback names the README's line.
+        exec(compile("\n" * line + code, str(README), "exec"), namespace)
+        return
+    example = doctest.DocTestParser().get_doctest(code, namespace, "README.md", str(README), line)
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    failed, _ = runner.run(example, out=report.write, clear_globs=False)
+    assert not failed, report.getvalue()
+    namespace.update(example.globs)
+
+
+def test_ci_runs_the_command_that_the_readme_gives() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count("<!-- command:") == 2
+    commands = dict(COMMAND.findall(text))
+    assert sorted(commands) == ["run", "test"]
+    for name, command in commands.items():
+        assert ci(ROOT, "--print", name).stdout == command + "\n"
+
+
+def test_ci_runs_in_a_clean_state(tmp_path: Path) -> None:
+    make_project(tmp_path, "<!-- command: test -->\n```sh\npwd && test ! -e .venv && exit 3\n```\n")
+    (tmp_path / ".venv").mkdir()
+    done = ci(tmp_path)
+    assert done.stdout.splitlines() == ["+ pwd && test ! -e .venv && exit 3", str(tmp_path)]
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "```sh\necho\n```\n",
+        "<!-- command: test -->\n",
+        "<!-- command: test -->\n\n```sh\necho\n```\n",
+        "<!-- command: test -->\n```sh\n```\n",
+        "<!-- command: test -->\n```sh\necho\n",
+        "<!-- command: test -->\n```sh\necho\necho\n```\n",
+        "<!-- command: test -->\n```sh\necho\n```\n" * 2,
+    ],
+    ids=["empty", "no name", "no block", "gap", "no line", "open", "two lines", "twice"],
+)
+def test_ci_refuses_an_unclear_readme(text: str, tmp_path: Path) -> None:
+    make_project(tmp_path, text)
+    done = ci(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "README.md: expected one line '<!-- command: test -->'" in done.stderr
+
+
+def make_project(folder: Path, readme: str) -> None:
+    """Make a project of `.ci/run` and a README."""
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def ci(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `.ci/run` from another folder."""
+    return subprocess.run(["bash", str(project / ".ci" / "run"), *arguments], cwd="/", capture_output=True, text=True)
