@@ -131,7 +131,8 @@ def precompile(
 
     Notes
     -----
-    Compiles in as many threads as there are CPU cores; one kernel takes about a tenth of a second. Does not synchronise.
+    Compiles in as many threads as there are CPU cores; one kernel takes about a tenth of a second of a core. Does not
+    synchronise.
     """
     sizes = [_parse_size(bsize) for bsize in bsizes]
     instances = instances_for(sizes, [_parse_dtype(dtype) for dtype in dtypes])

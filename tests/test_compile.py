@@ -1,7 +1,8 @@
-"""Every instantiation compiles for every architecture, without spills, within its kernel's register bound. Needs no GPU."""
+"""Every instantiation compiles for every architecture without spills, within its kernel's registers. Needs no GPU."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from sbnet_cupy import _instances
 from sbnet_cupy._instances import Instance, Walk
 from sbnet_cupy._sources import kernel_folder
 
-#: Instantiations in one program: headers are parsed once for all of them, and two threads still share the work.
+#: Instantiations in one program: headers are parsed once for all of them, and threads still share the work.
 GROUP = 40
 
 
@@ -40,7 +41,9 @@ def all_instances() -> list[Instance]:
 
 def register_bounds() -> dict[str, int]:
     """The bound that stands in the comment directly above each kernel."""
-    pattern = r"// Registers: at most (\d+)\.\n(?:template <.*>\n)?__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\("
+    pattern = (
+        r"// Registers: at most (\d+)\.\n(?:template <.*>\n)?__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\("
+    )
     text = "".join(path.read_text() for path in sorted(kernel_folder().glob("*.cu")))
     return {name: int(bound) for bound, name in re.findall(pattern, text)}
 
@@ -55,13 +58,15 @@ def compile_all(architecture: str, instances: Iterable[Instance]) -> list[Resour
     for _, members in by_source:
         listed = list(members)
         groups += [listed[k : k + GROUP] for k in range(0, len(listed), GROUP)]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [found for group in pool.map(lambda group: compile_for(architecture, group), groups) for found in group]
 
 
 def test_every_kernel_has_a_register_bound() -> None:
     text = "".join(path.read_text() for path in kernel_folder().glob("*.cu"))
-    assert sorted(register_bounds()) == sorted(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", text))
+    assert sorted(register_bounds()) == sorted(
+        re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", text)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,7 +103,9 @@ def test_headers_compile_alone() -> None:
 
 def test_a_spill_would_be_seen() -> None:
     """The assembler's report is parsed: a kernel that must use its stack says so."""
-    program = "template <int n> __global__ void stacked(int* p, int i) { volatile int a[n]; a[i] = 1; p[0] = a[i + 1]; }"
+    program = (
+        "template <int n> __global__ void stacked(int* p, int i) { volatile int a[n]; a[i] = 1; p[0] = a[i + 1]; }"
+    )
     found = compile_for("sm_90", [Instance("gather.cu", "stacked<64>")], extra=program)
     assert found[0].stack_bytes >= 256
 

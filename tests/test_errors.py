@@ -87,19 +87,6 @@ def test_mixed_kinds(name: str) -> None:
         Arguments(cupy).gather(out=np.empty((2, 2, 2, 3), np.float32))
 
 
-@pytest.mark.gpu
-def test_two_devices() -> None:
-    cupy = pytest.importorskip("cupy")
-    if cupy.cuda.runtime.getDeviceCount() < 2:
-        # One device is enough to see the check: another current device is what the array is compared with.
-        pytest.skip("needs two devices")
-    with cupy.cuda.Device(1):
-        elsewhere = Arguments(cupy)
-    for call in [*transfers(elsewhere), elsewhere.reduce]:
-        with pytest.raises(ValueError, match="expected an array on the current device 0, got one on device 1"):
-            call()
-
-
 @pytest.mark.parametrize("shape", [(4, 6, 3), (1, 2, 4, 6, 3), ()])
 def test_rank_of_the_image(xp: Any, good: Arguments, shape: tuple[int, ...]) -> None:
     good.x = xp.zeros(shape, np.float32)
