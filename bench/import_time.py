@@ -1,7 +1,7 @@
 """What ``import sbnet_cupy`` costs beyond ``import cupy`` and the CUDA context: ``python -m bench.import_time``.
 
-Cold: CuPy's disk cache is empty, so the default set of kernels is compiled. Warm: it is read from the cache. Lazy: nothing
-is built. Each figure is the median of several fresh processes.
+Cold: CuPy's disk cache is empty, so the default set of kernels is compiled. Warm: it is read from the cache.
+Lazy: nothing is built. Each figure is the median of several fresh processes.
 """
 
 from __future__ import annotations

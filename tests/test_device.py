@@ -165,9 +165,12 @@ def test_work_runs_on_the_current_stream() -> None:
     sbnet_cupy.sparse_gather(cupy.asarray(x), counts, indices, **TILES)
     busy, idle = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     late = cupy.zeros(x.shape, np.float32)
+    late[...] = 0  # CuPy compiles its own kernels now, not while the stream is to be busy
+    with busy:
+        spin((1,), (1,), (np.int64(0),))
     cupy.cuda.Device().synchronize()
     with busy:
-        spin((1,), (1,), (np.int64(200_000_000),))
+        spin((1,), (1,), (np.int64(300_000_000),))
         late[...] = 1
         stack = sbnet_cupy.sparse_gather(late, counts, indices, **TILES)
     with idle:

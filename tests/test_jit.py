@@ -23,6 +23,7 @@ def python(code: str, *, root: Path = ROOT, check: bool = True, **environment: s
     """Run `code` in a fresh interpreter that imports the package from `root`."""
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=root,  # comes before PYTHONPATH
         env={**os.environ, "PYTHONPATH": str(root), **environment},
         capture_output=True,
         text=True,

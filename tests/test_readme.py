@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -54,6 +55,14 @@ def run_block(code: str, line: int, namespace: dict[str, Any]) -> None:
     failed, _ = runner.run(example, out=report.write, clear_globs=False)
     assert not failed, report.getvalue()
     namespace.update(example.globs)
+
+
+def test_figures_are_those_of_the_recorded_run() -> None:
+    rows = {row["case"]: row for row in json.loads((ROOT / "bench/results/import_time.json").read_text())["results"]}
+    text = README.read_text(encoding="utf-8")
+    assert f"| first time ({rows['cold']['kernels']} kernels compiled) | {rows['cold']['median_s']:.2f} s |" in text
+    assert f"| from then on (read from the cache) | {rows['warm']['median_s']:.2f} s |" in text
+    assert f"no device touched) | {rows['lazy']['median_s']:.2f} s |" in text
 
 
 def test_ci_runs_the_command_that_the_readme_gives() -> None:
