@@ -1,1 +1,1 @@
-"""Benchmarks. Each module runs as ``python -m bench.NAME`` and records its figures in ``bench/results/``."""
+"""Benchmarks: ``python -m bench`` runs all, and records figures, tables and plots in ``bench/results/``."""

@@ -14,6 +14,12 @@ template <int kWordBytes>
 struct Overwrite {
     static constexpr bool kAdds = false;
     using Word = Raw<kWordBytes>;
+
+    Word word;
+
+    __device__ explicit Overwrite(const Word& base) : word(base) {}
+    __device__ void add(const Word& block) { word = block; }
+    __device__ Word result() const { return word; }
 };
 
 // In what type numbers of type T are summed, and how. Half types: in float32, rounded once at the end.

@@ -30,13 +30,16 @@ __device__ inline bool is_above(__nv_bfloat16 pixel, const Threshold& t) {
     return is_above(__bfloat162float(pixel), t);
 }
 
+// Pools take pixels with a flag that says whether they count, rather than only those that do: a load whose use depends
+// on a branch is put off until that branch, and then waited for.
+
 // Is any pixel above tol?
 template <typename T>
 struct MaxPool {
     bool any;
 
     __device__ static MaxPool none() { return {false}; }
-    __device__ void add(T pixel, const Threshold& t) { any |= is_above(pixel, t); }
+    __device__ void add(T pixel, const Threshold& t, bool valid) { any |= valid & is_above(pixel, t); }
     __device__ void add(const MaxPool& other) { any |= other.any; }
     __device__ MaxPool from_lane(int distance) const { return {__shfl_xor_sync(0xffffffffu, int{any}, distance) != 0}; }
     __device__ bool active(const Threshold&) const { return any; }
@@ -122,7 +125,7 @@ struct AveragePool {
     typename SumOf<T>::type sum;
 
     __device__ static AveragePool none() { return {}; }
-    __device__ void add(T pixel, const Threshold&) { sum.add(pixel); }
+    __device__ void add(T pixel, const Threshold&, bool valid) { sum.add(valid ? pixel : T{}); }
     __device__ void add(const AveragePool& other) { sum.add(other.sum); }
     __device__ AveragePool from_lane(int distance) const { return {sum.from_lane(distance)}; }
     __device__ bool active(const Threshold& t) const { return sum.value() / t.area > t.tol; }

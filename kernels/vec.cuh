@@ -55,4 +55,15 @@ __device__ inline void store(void* address, int64 offset, const Word& word) {
     static_cast<Word*>(address)[offset] = word;
 }
 
+// kLanes words from the one at index `offset` on, which is a multiple of kLanes words from an aligned address.
+template <typename Word, int kLanes>
+__device__ inline Vec<Word, kLanes> load_lanes(const void* address, int64 offset) {
+    return *reinterpret_cast<const Vec<Word, kLanes>*>(static_cast<const Word*>(address) + offset);
+}
+
+template <typename Word, int kLanes>
+__device__ inline void store_lanes(void* address, int64 offset, const Vec<Word, kLanes>& words) {
+    *reinterpret_cast<Vec<Word, kLanes>*>(static_cast<Word*>(address) + offset) = words;
+}
+
 }  // namespace sbnet

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import _reference
-from ._geometry import parse_grid
+from . import _device, _reference
+from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Spec,
     array_namespace,
+    check_image,
     check_indices,
-    check_numeric,
+    check_like,
     check_output,
-    check_rank,
-    check_same_dtype,
-    check_shape,
+    check_place,
+    current_device,
+    spec_of,
+    stack_axes,
     stack_shape,
 )
 
@@ -76,21 +80,35 @@ def sparse_gather(
     """
     xp = array_namespace(x=x, bin_counts=bin_counts, active_block_indices=active_block_indices, out=out)
     grid = parse_grid(bsize, boffset, bstride)
-    check_rank("x", x, "N, H, W, C")
-    check_numeric("x", x)
-    check_indices(bin_counts, active_block_indices)
-    shape = stack_shape(active_block_indices.shape[0], x.shape[3], grid, transpose)
+    transpose = bool(transpose)
+    image = spec_of(x)
+    given = None if out is None else spec_of(out)
+    shape = _check(
+        image, spec_of(bin_counts), spec_of(active_block_indices), given, grid, transpose, current_device(xp)
+    )
     if out is None:
         out = xp.empty(shape, x.dtype)
     else:
-        check_same_dtype("out", out, x.dtype, "x")
-        check_shape("out", out, shape, "M, C, height, width" if transpose else "M, height, width, C")
         check_output("out", out, x=x, bin_counts=bin_counts, active_block_indices=active_block_indices)
-    stack = out.transpose(0, 2, 3, 1) if transpose else out
     if xp is np:
+        stack = out.transpose(0, 2, 3, 1) if transpose else out
         _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, stack)
     else:
-        from . import _transfer
-
-        _transfer.gather(x, bin_counts, active_block_indices, grid, stack)
+        _device.transfer().gather(x, image, bin_counts, active_block_indices, grid, out, given, transpose)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(
+    x: Spec, bin_counts: Spec, indices: Spec, out: Spec | None, grid: BlockGrid, transpose: bool, device: int
+) -> tuple[int, ...]:
+    """Raise unless the arguments fit together; return the shape of the stack."""
+    check_image("x", x)
+    check_indices(bin_counts, indices)
+    shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
+    if out is not None:
+        check_like("out", out, x.dtype, shape, stack_axes(transpose))
+        check_place("out", out, device)
+    for name, spec in (("x", x), ("bin_counts", bin_counts), ("active_block_indices", indices)):
+        check_place(name, spec, device)
+    return shape

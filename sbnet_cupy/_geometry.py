@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Bound on sizes, offsets and strides: sums of two of them still fit the kernels' 64-bit integers.
 _LIMIT = 2**62
@@ -44,8 +44,7 @@ class Axis:
         return slice(low, high), slice(low - begin, high - begin)
 
 
-@dataclass(frozen=True)
-class BlockGrid:
+class BlockGrid(NamedTuple):
     """Size, offset and stride of the blocks, each a pair (height, width) in pixels."""
 
     bsize: tuple[int, int]
@@ -95,23 +94,22 @@ def _integer(value: Any) -> int:
 
 def parse_grid(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence[int]) -> BlockGrid:
     """A validated :class:`BlockGrid` from what a caller passed."""
-    if type(bsize) is type(boffset) is type(bstride) is tuple:
-        try:
-            return _parse_tuples(bsize, boffset, bstride, *map(type, (*bsize, *boffset, *bstride)))
-        except TypeError:  # unhashable members: report them by name below
-            pass
-    return _parse(bsize, boffset, bstride)
+    try:
+        (bh, bw), (oh, ow), (sh, sw) = bsize, boffset, bstride
+        return _parse_numbers(bh, bw, oh, ow, sh, sw)
+    except (TypeError, ValueError):  # wrong in form or in value, or unhashable: say which
+        return BlockGrid(
+            parse_pair("bsize", bsize, minimum=1),
+            parse_pair("boffset", boffset),
+            parse_pair("bstride", bstride, minimum=1),
+        )
 
 
-def _parse(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence[int]) -> BlockGrid:
+# Typed, because 1, 1.0 and True are equal, and only the first is a size.
+@functools.lru_cache(maxsize=256, typed=True)
+def _parse_numbers(bh: Any, bw: Any, oh: Any, ow: Any, sh: Any, sw: Any) -> BlockGrid:
     return BlockGrid(
-        parse_pair("bsize", bsize, minimum=1),
-        parse_pair("boffset", boffset),
-        parse_pair("bstride", bstride, minimum=1),
+        parse_pair("bsize", (bh, bw), minimum=1),
+        parse_pair("boffset", (oh, ow)),
+        parse_pair("bstride", (sh, sw), minimum=1),
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_tuples(bsize: Any, boffset: Any, bstride: Any, *_types: type) -> BlockGrid:
-    # The members' types are part of the key: 1, 1.0 and True are equal, and only the first is a size.
-    return _parse(bsize, boffset, bstride)

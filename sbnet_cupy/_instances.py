@@ -72,12 +72,15 @@ class Instance(NamedTuple):
 class Walk(NamedTuple):
     """How a gather or scatter kernel goes through a block: what its template needs besides size and type."""
 
-    #: "channels" or "columns": what consecutive threads step along. "tiled": transpose through shared memory.
+    #: "rows", "pixels" or "columns": see Order in kernels/transfer.cuh. "tiled": transpose through shared memory.
     order: str
-    #: Bytes that a thread moves at once.
+    #: Bytes that a thread moves at once; for "tiled" those of one element.
     word: int
     #: For "tiled": whether the image, not the stack, is contiguous along channels.
     image_along_channels: bool = False
+    #: For "tiled": elements that a thread moves at once on either side.
+    image_lanes: int = 1
+    stack_lanes: int = 1
     #: Whether a block has so many words that counting them takes 64 bits.
     wide: bool = False
 
@@ -101,9 +104,10 @@ def scatter_instance(walk: Walk, bsize: tuple[int, int], dtype: np.dtype[Any], a
 def _transfer_expression(name: str, first: str, walk: Walk, bsize: tuple[int, int]) -> str:
     index = WIDE_INDEX if walk.wide else INDEX
     if walk.order == "tiled":
-        name, last = f"{name}_tiled", "true" if walk.image_along_channels else "false"
+        along_channels = "true" if walk.image_along_channels else "false"
+        name, last = f"{name}_tiled", f"{along_channels}, {walk.image_lanes}, {walk.stack_lanes}"
     else:
-        last = {"channels": "sbnet::Order::kChannels", "columns": "sbnet::Order::kColumns"}[walk.order]
+        last = f"sbnet::Order::k{walk.order.capitalize()}"
     return f"sbnet::{name}<{first}, {index}, {bsize[0]}, {bsize[1]}, {last}>"
 
 
@@ -112,10 +116,10 @@ def cover_instance(add: bool) -> Instance:
     return Instance("cover.cu", "sbnet::cover_all" if add else "sbnet::cover_last")
 
 
-def activity_instance(dtype: np.dtype[Any], avgpool: bool) -> Instance:
-    """The pooling kernel of ``reduce_mask`` for masks of `dtype`."""
+def activity_instance(dtype: np.dtype[Any], avgpool: bool, lanes: int) -> Instance:
+    """The pooling kernel of ``reduce_mask`` for masks of `dtype`, of which a thread reads `lanes` pixels at once."""
     pool = "sbnet::AveragePool" if avgpool else "sbnet::MaxPool"
-    return Instance("reduce_mask.cu", f"sbnet::block_activity<{_PIXELS[dtype.name]}, {pool}>")
+    return Instance("reduce_mask.cu", f"sbnet::block_activity<{_PIXELS[dtype.name]}, {pool}, {lanes}>")
 
 
 COUNT_ACTIVE = Instance("reduce_mask.cu", "sbnet::count_active")
@@ -130,24 +134,29 @@ def default_instances() -> list[Instance]:
     (the usual channel counts in float16); adding float32 blocks; and the transposed stack.
     """
     float32 = np.dtype(np.float32)
-    found = [activity_instance(np.dtype(name), False) for name in ("bool", "uint8", "float32")]
-    found += [activity_instance(float32, True), COUNT_ACTIVE, COMPACT_ACTIVE]
+    found = [COUNT_ACTIVE, COMPACT_ACTIVE]
+    for name, avgpool in (("bool", False), ("float32", False), ("float32", True)):  # uint8 is read as bool is
+        found += [activity_instance(np.dtype(name), avgpool, lanes) for lanes in mask_lanes(np.dtype(name))]
     found += [cover_instance(False), cover_instance(True)]
     for size in DEFAULT_SIZES:
         bsize = (size, size)
-        for walk in (Walk("channels", 16), Walk("channels", 4), Walk("tiled", 4, image_along_channels=True)):
+        turned = Walk("tiled", 4, True, image_lanes=4, stack_lanes=4)
+        for walk in (Walk("rows", 16), Walk("rows", 4), turned):
             found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, float32, False)]
-        found.append(scatter_instance(Walk("channels", 16), bsize, float32, True))
+        found.append(scatter_instance(Walk("rows", 16), bsize, float32, True))
     return list(dict.fromkeys(found))
 
 
 def table_instances(size: int) -> list[Instance]:
-    """What one entry of the size table stands for: float32 blocks in wide and single words, in every order."""
+    """What one entry of the size table stands for: float32 blocks, copied in wide and in single words, and added."""
     bsize, float32 = (size, size), np.dtype(np.float32)
-    found = [scatter_instance(Walk("channels", 16), bsize, float32, True)]
-    for walk in (Walk("channels", 16), Walk("channels", 4), Walk("columns", 4), Walk("tiled", 4, True)):
-        found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, float32, False)]
-    return found
+    wide, single = Walk("rows", 16), Walk("rows", 4)
+    return [
+        gather_instance(wide, bsize),
+        gather_instance(single, bsize),
+        scatter_instance(wide, bsize, float32, False),
+        scatter_instance(wide, bsize, float32, True),
+    ]
 
 
 def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[Any]]) -> list[Instance]:
@@ -159,12 +168,14 @@ def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[A
     dtypes = list(dtypes)
     for dtype in dtypes:
         if dtype.name in _PIXELS:
-            found += [activity_instance(dtype, avgpool) for avgpool in (False, True)]
+            found += [
+                activity_instance(dtype, avgpool, lanes) for avgpool in (False, True) for lanes in mask_lanes(dtype)
+            ]
     for bsize in bsizes:
         for dtype in dtypes:
             for walk in walks_for(dtype):
                 found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, dtype, False)]
-                if dtype.name in _SUMMANDS:
+                if dtype.name in _SUMMANDS and walk.word <= max_word(dtype, True):
                     found.append(scatter_instance(walk, bsize, dtype, True))
     return list(dict.fromkeys(found))
 
@@ -173,8 +184,27 @@ def walks_for(dtype: np.dtype[Any]) -> Iterator[Walk]:
     """All ways in which blocks of `dtype` are walked."""
     word = dtype.itemsize
     yield Walk("columns", word)
-    yield Walk("tiled", word, image_along_channels=True)
-    yield Walk("tiled", word, image_along_channels=False)
+    for stack_lanes in tile_lanes(word):
+        yield Walk("tiled", word, image_along_channels=False, stack_lanes=stack_lanes)
+        for image_lanes in tile_lanes(word):
+            yield Walk("tiled", word, True, image_lanes, stack_lanes)
     while word <= MAX_WORD:
-        yield Walk("channels", word)
+        yield Walk("rows", word)
+        yield Walk("pixels", word)
         word *= 2
+
+
+def mask_lanes(dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """How many pixels of a mask a thread may read at once, most first: up to 16 bytes and 8 pixels, or one."""
+    return tuple(dict.fromkeys((min(8, MAX_WORD // dtype.itemsize), 1)))
+
+
+def max_word(dtype: np.dtype[Any], add: bool) -> int:
+    """The widest word, in bytes, that blocks of `dtype` are copied or added in."""
+    # Each number that is added takes registers of its own: more than 4 small ones at once would spill.
+    return min(MAX_WORD, 4 * dtype.itemsize) if add else MAX_WORD
+
+
+def tile_lanes(itemsize: int) -> tuple[int, ...]:
+    """How many elements a thread may move at once to or from a tile, most first: 16 bytes, 8 bytes, or one."""
+    return tuple(dict.fromkeys(max(1, size // itemsize) for size in (16, 8, 1)))

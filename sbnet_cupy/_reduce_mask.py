@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _reference
+from . import _device, _reference
 from ._geometry import BlockGrid, parse_grid, parse_pair
-from ._validate import array_namespace, check_mask_dtype
+from ._validate import array_namespace, check_mask, check_place, current_device, spec_of
 
 _INT32_MAX = 2**31 - 1
 
@@ -92,11 +92,11 @@ def reduce_mask(
     xp = array_namespace(mask=mask)
     grid = parse_grid(bsize, boffset, bstride)
     blocks = parse_pair("bcount", bcount, minimum=0)
-    check_mask_dtype("mask", mask)
-    if mask.ndim == 4 and mask.shape[3] == 1:
+    spec = spec_of(mask)
+    check_mask("mask", spec)
+    check_place("mask", spec, current_device(xp))
+    if mask.ndim == 4:
         mask = mask[..., 0]
-    elif mask.ndim != 3:
-        raise ValueError(f"mask: expected shape (N, H, W) or (N, H, W, 1), got {mask.shape}")
     if mask.shape[0] * blocks[0] * blocks[1] > _INT32_MAX:
         raise ValueError(
             f"bcount: expected at most 2**31 - 1 blocks in the batch, got {mask.shape[0]} x {blocks[0]} x {blocks[1]}"
@@ -106,9 +106,7 @@ def reduce_mask(
         capacity = _parse_capacity(capacity)
     if xp is np:
         return _reduce_on_host(mask, blocks, grid, threshold, avgpool, capacity)
-    from . import _pooling
-
-    return BlockIndices(*_pooling.reduce_mask(mask, blocks, grid, threshold, avgpool, capacity))
+    return BlockIndices(*_device.pooling().reduce_mask(mask, blocks, grid, threshold, avgpool, capacity))
 
 
 def _reduce_on_host(

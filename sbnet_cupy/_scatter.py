@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import _reference
+from . import _device, _reference
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Spec,
     array_namespace,
     check_addable,
+    check_image,
     check_indices,
-    check_numeric,
+    check_like,
     check_output,
-    check_rank,
-    check_same_dtype,
-    check_shape,
+    check_place,
+    current_device,
+    spec_of,
+    stack_axes,
     stack_shape,
 )
 
@@ -90,17 +94,18 @@ def sparse_scatter(
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
     with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return.
     """
-    grid, xp = _check_arguments(
-        blocks, bin_counts, active_block_indices, x, bsize, boffset, bstride, add, atomic, transpose, out
-    )
+    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out)
+    grid = parse_grid(bsize, boffset, bstride)
+    flags = (bool(add), bool(atomic), bool(transpose))
+    stack = spec_of(blocks)
+    specs = (stack, spec_of(bin_counts), spec_of(active_block_indices), spec_of(x))
+    _check(*specs, None if out is None else spec_of(out), grid, *flags, current_device(xp))
     if out is None:
         out = x.copy(order="K")
     else:
-        check_same_dtype("out", out, x.dtype, "x")
-        check_shape("out", out, x.shape, "N, H, W, C")
         check_output("out", out, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
         xp.copyto(out, x)
-    _scatter_into(out, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
+    _scatter_into(out, blocks, stack, bin_counts, active_block_indices, grid, flags[0], flags[2], xp)
     return out
 
 
@@ -144,35 +149,35 @@ def sparse_scatter_var(
     Order, reproducibility, synchronisation and allocations are those of :func:`sparse_scatter`, except that no
     tensor is allocated or copied.
     """
-    grid, xp = _check_arguments(
-        blocks, bin_counts, active_block_indices, x, bsize, boffset, bstride, add, atomic, transpose
-    )
+    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
+    grid = parse_grid(bsize, boffset, bstride)
+    flags = (bool(add), bool(atomic), bool(transpose))
+    stack = spec_of(blocks)
+    specs = (stack, spec_of(bin_counts), spec_of(active_block_indices), spec_of(x))
+    _check(*specs, None, grid, *flags, current_device(xp))
     check_output("x", x, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices)
-    _scatter_into(x, blocks, bin_counts, active_block_indices, grid, add, transpose, xp)
+    _scatter_into(x, blocks, stack, bin_counts, active_block_indices, grid, flags[0], flags[2], xp)
     return x
 
 
-def _check_arguments(
-    blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x: Any,
-    bsize: Sequence[int],
-    boffset: Sequence[int],
-    bstride: Sequence[int],
+@functools.lru_cache(maxsize=1024)
+def _check(
+    blocks: Spec,
+    bin_counts: Spec,
+    indices: Spec,
+    x: Spec,
+    out: Spec | None,
+    grid: BlockGrid,
     add: bool,
     atomic: bool,
     transpose: bool,
-    out: Any = None,
-) -> tuple[BlockGrid, Any]:
-    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out)
-    grid = parse_grid(bsize, boffset, bstride)
-    check_rank("x", x, "N, H, W, C")
-    check_numeric("x", x)
-    check_same_dtype("blocks", blocks, x.dtype, "x")
-    check_indices(bin_counts, active_block_indices)
-    shape = stack_shape(active_block_indices.shape[0], x.shape[3], grid, transpose)
-    check_shape("blocks", blocks, shape, "M, C, height, width" if transpose else "M, height, width, C")
+    device: int,
+) -> None:
+    """Raise unless the arguments fit together."""
+    check_image("x", x)
+    check_indices(bin_counts, indices)
+    shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
+    check_like("blocks", blocks, x.dtype, shape, stack_axes(transpose))
     if add:
         check_addable("x", x)
         if grid.overlaps and not atomic:
@@ -180,17 +185,27 @@ def _check_arguments(
                 f"atomic: expected True to add blocks that overlap (bsize {grid.bsize} exceeds bstride "
                 f"{grid.bstride}), got {atomic!r}"
             )
-    return grid, xp
+    if out is not None:
+        check_like("out", out, x.dtype, x.shape, "N, H, W, C")
+        check_place("out", out, device)
+    named = (("blocks", blocks), ("bin_counts", bin_counts), ("active_block_indices", indices), ("x", x))
+    for name, spec in named:
+        check_place(name, spec, device)
 
 
 def _scatter_into(
-    x: Any, blocks: Any, bin_counts: Any, indices: Any, grid: BlockGrid, add: bool, transpose: bool, xp: Any
+    x: Any,
+    blocks: Any,
+    stack: Spec,
+    bin_counts: Any,
+    indices: Any,
+    grid: BlockGrid,
+    add: bool,
+    transpose: bool,
+    xp: Any,
 ) -> None:
-    stack = blocks.transpose(0, 2, 3, 1) if transpose else blocks
     if xp is np:
         scatter = _reference.scatter_add if add else _reference.scatter
-        scatter(stack, int(bin_counts[0]), indices, grid, x)
+        scatter(blocks.transpose(0, 2, 3, 1) if transpose else blocks, int(bin_counts[0]), indices, grid, x)
     else:
-        from . import _transfer
-
-        _transfer.scatter(stack, bin_counts, indices, grid, x, add)
+        _device.transfer().scatter(blocks, stack, bin_counts, indices, grid, x, add, transpose)

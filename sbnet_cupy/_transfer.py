@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -10,65 +12,120 @@ import numpy as np
 
 from . import _jit
 from ._geometry import Axis, BlockGrid
-from ._instances import cover_instance, gather_instance, scatter_instance
-from ._plan import MAX_THREADS, Layout, TransferPlan, plan_transfer
+from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
+from ._plan import MAX_THREADS, Layout, TransferPlan, division, plan_transfer
+from ._validate import Spec, spec_of
 
-_INT32_MAX = 2**31 - 1
+#: Rows that each warp searches for equal ones, on grids without overlaps, rather than have a map built.
+LISTED_ROWS = 256
 
 
-def gather(x: Any, bin_counts: Any, indices: Any, grid: BlockGrid, stack: Any) -> None:
-    """Device side of ``sparse_gather``; `stack` is ``[M, h, w, C]`` in any strides."""
+def gather(
+    x: Any,
+    image: Spec,
+    bin_counts: Any,
+    indices: Any,
+    grid: BlockGrid,
+    stack: Any,
+    given: Spec | None,
+    transpose: bool,
+) -> None:
+    """Device side of ``sparse_gather``; `image` is the spec of `x`, `given` that of `stack` if there is one yet."""
     if stack.size == 0:
         return
     if x.size == 0:  # nothing to read: no block has a pixel
         stack.fill(0)
         return
-    plan = plan_transfer(_layout(x), _layout(stack), x.itemsize)
-    argument = _pack(plan, x, stack, bin_counts, indices, grid.axes(x.shape[1], x.shape[2]))
-    _jit.launch(gather_instance(plan.walk, grid.bsize), plan.grid, plan.block, (argument,))
+    ready = _prepare_gather(image, given or spec_of(stack), indices.strides, grid, transpose)
+    addresses = (x.data.ptr, stack.data.ptr, indices.data.ptr, bin_counts.data.ptr)
+    _jit.launch(ready.instance, ready.grid, ready.block, (ready.argument.at(addresses),))
 
 
-def scatter(stack: Any, bin_counts: Any, indices: Any, grid: BlockGrid, x: Any, add: bool) -> None:
-    """Device side of ``sparse_scatter_var``; `stack` is ``[M, h, w, C]`` in any strides."""
-    axes = grid.axes(x.shape[1], x.shape[2])
-    cells = x.shape[0] * axes[0].count * axes[1].count
-    rows = stack.shape[0]
-    if stack.size == 0 or x.size == 0 or cells == 0:
+def scatter(
+    blocks: Any, stack: Spec, bin_counts: Any, indices: Any, grid: BlockGrid, x: Any, add: bool, transpose: bool
+) -> None:
+    """Device side of ``sparse_scatter_var``; `stack` is the spec of `blocks`."""
+    ready = _prepare_scatter(spec_of(x), stack, indices.strides, grid, add, transpose)
+    if ready is None:
         return
-    plan = plan_transfer(_layout(x), _layout(stack), x.itemsize)
-    argument = _pack(plan, x, stack, bin_counts, indices, axes)
-    # One allocation for both arrays of the cover map; see kernels/cover.cuh.
-    cover = cupy.empty(cells + (rows if add else 0), np.int32)
-    cover.data.memset_async(0xFF, 4 * cells)
-    cover_argument = _jit.pack([cover.data.ptr, cover.data.ptr + 4 * cells if add else 0])
-    arguments = (argument, cover_argument)
-    _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
-    _jit.launch(scatter_instance(plan.walk, grid.bsize, x.dtype, add), plan.grid, plan.block, arguments)
+    argument = ready.argument.at((x.data.ptr, blocks.data.ptr, indices.data.ptr, bin_counts.data.ptr))
+    if ready.cells:
+        rows = blocks.shape[0]
+        # One allocation for both arrays of the cover map; see kernels/cover.cuh.
+        cover = cupy.empty(ready.cells + (rows if add else 0), np.int32)
+        cover.data.memset_async(0xFF, 4 * ready.cells)
+        arguments = (argument, _jit.pack([cover.data.ptr, cover.data.ptr + 4 * ready.cells if add else 0]))
+        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
+    else:
+        arguments = (argument, _NO_COVER)
+    _jit.launch(ready.instance, ready.grid, ready.block, arguments)
 
 
-def _layout(array: Any) -> Layout:
-    return Layout(array.data.ptr, array.shape, array.strides)
+@dataclass(frozen=True)
+class _Ready:
+    """All of a launch but the addresses. Made once for calls that look alike."""
+
+    instance: Instance
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    argument: _jit.Template
+    cells: int = 0  # of the cover map; 0 if it is not needed
 
 
-def _pack(
-    plan: TransferPlan, x: Any, stack: Any, bin_counts: Any, indices: Any, axes: tuple[Axis, Axis]
-) -> np.ndarray[Any, Any]:
-    """struct Transfer of kernels/transfer.cuh, all of whose fields have 8 bytes."""
-    return _jit.pack(
+_NO_COVER = _jit.pack([0, 0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_gather(x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, transpose: bool) -> _Ready:
+    plan = _plan(x, stack, transpose, MAX_WORD)
+    argument = _argument(plan, x, stack, index_strides, grid)
+    return _Ready(gather_instance(plan.walk, grid.bsize), plan.grid, plan.block, argument)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_scatter(
+    x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, add: bool, transpose: bool
+) -> _Ready | None:
+    height, width = grid.axes(x.shape[1], x.shape[2])
+    cells = x.shape[0] * height.count * width.count
+    if stack.size == 0 or x.size == 0 or cells == 0:
+        return None
+    plan = _plan(x, stack, transpose, max_word(x.dtype, add))
+    argument = _argument(plan, x, stack, index_strides, grid)
+    mapped = grid.overlaps or stack.shape[0] > LISTED_ROWS
+    instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add)
+    return _Ready(instance, plan.grid, plan.block, argument, cells if mapped else 0)
+
+
+def _plan(x: Spec, stack: Spec, transpose: bool, word: int) -> TransferPlan:
+    order = (0, 2, 3, 1) if transpose else (0, 1, 2, 3)
+    return plan_transfer(
+        Layout(x.misalignment, x.shape, x.strides),
+        Layout(stack.misalignment, tuple(stack.shape[k] for k in order), tuple(stack.strides[k] for k in order)),
+        x.itemsize,
+        word,
+    )
+
+
+def _argument(
+    plan: TransferPlan, x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid
+) -> _jit.Template:
+    """struct Transfer of kernels/transfer.cuh, all of whose fields have 8 bytes; the first four are addresses."""
+    height, width = grid.axes(x.shape[1], x.shape[2])
+    return _jit.Template(
         [
-            x.data.ptr,
-            stack.data.ptr,
-            indices.data.ptr,
-            bin_counts.data.ptr,
             *plan.image_strides,
             *plan.stack_strides,
-            indices.strides[0] // 4,
-            indices.strides[1] // 4,
+            index_strides[0] // 4,
+            index_strides[1] // 4,
             stack.shape[0],
             x.shape[0],
             plan.channels,
-            *pack_axis(axes[0]),
-            *pack_axis(axes[1]),
+            plan.run,
+            *division(plan.run),
+            plan.shared_lanes,
+            *pack_axis(height),
+            *pack_axis(width),
         ]
     )
 

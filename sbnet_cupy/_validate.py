@@ -1,10 +1,15 @@
-"""Checks of what callers pass. Each raises an error that names the argument, what was expected and what came."""
+"""Checks of what callers pass. Each raises an error that names the argument, what was expected and what came.
+
+Everything but memory overlap depends only on an array's :class:`Spec`, so calls that look alike are checked once: the
+functions that do it are cached by their callers.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +22,39 @@ _ADDABLE = frozenset(
     "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128".split()
 )
 
+_INT32 = np.dtype(np.int32)
+
+
+class Spec(NamedTuple):
+    """What an array is, apart from its contents and where exactly it lies."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+    #: Address modulo 16, the widest word of a kernel.
+    misalignment: int
+    #: Number of the device, or -1 for the host.
+    device: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def spec_of(array: Any) -> Spec:
+    """The :class:`Spec` of a NumPy or CuPy array."""
+    if isinstance(array, np.ndarray):
+        return Spec(array.shape, array.strides, array.dtype, 0, -1)
+    data = array.data
+    # An empty array has no memory, and so lies on every device.
+    return Spec(array.shape, array.strides, array.dtype, data.ptr % 16, data.device_id if data.ptr else -1)
+
 
 def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
     """``numpy`` or ``cupy``, whichever all `arrays`, and `out` if it is given, belong to.
@@ -25,10 +63,16 @@ def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
     """
     if out is not None:
         arrays["out"] = out
-    cupy = sys.modules.get("cupy")
+    cupy: Any = sys.modules.get("cupy")
+    kinds = set(map(type, arrays.values()))
+    if kinds == {np.ndarray}:
+        return np
     on_device = getattr(cupy, "ndarray", ())
+    if kinds == {on_device}:
+        return cupy  # type: ignore[no-any-return]
+    # Subclasses, or an error.
     first = ""
-    namespace: Any = None  # a module; Any, since modules have no types of their own
+    namespace: Any = None
     for name, array in arrays.items():
         if isinstance(array, np.ndarray):
             own: Any = np
@@ -40,26 +84,25 @@ def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
             first, namespace = name, own
         elif own is not namespace:
             raise TypeError(f"{name}: expected a {namespace.__name__} array like {first}, got {_type_name(array)}")
-    if namespace is cupy:
-        current = cupy.cuda.runtime.getDevice()
-        for name, array in arrays.items():
-            _check_on_device(name, array, current)
     return namespace  # type: ignore[no-any-return]
 
 
-def _check_on_device(name: str, array: Any, current: int) -> None:
-    if array.size == 0:
+def current_device(xp: ModuleType) -> int:
+    """Number of the device on which work would run, or -1 for the host."""
+    return -1 if xp is np else xp.cuda.runtime.getDevice()
+
+
+def check_place(name: str, spec: Spec, device: int) -> None:
+    """Raise unless kernels on `device` can reach each element at a multiple of its size."""
+    if spec.device == -1:
         return
-    if array.data.device_id != current:
+    if spec.device != device:
+        raise ValueError(f"{name}: expected an array on the current device {device}, got one on device {spec.device}")
+    unit = spec.itemsize
+    if spec.misalignment % unit or any(s % unit for s in spec.strides):
         raise ValueError(
-            f"{name}: expected an array on the current device {current}, got one on device {array.data.device_id}"
-        )
-    # Kernels move whole elements, each at a multiple of its size.
-    unit = array.itemsize
-    if array.data.ptr % unit or any(s % unit for s in array.strides):
-        raise ValueError(
-            f"{name}: expected an address and strides that are multiples of {unit} bytes, got address "
-            f"{array.data.ptr:#x} and strides {array.strides}"
+            f"{name}: expected an address and strides that are multiples of {unit} bytes, got an address of "
+            f"{spec.misalignment} modulo 16 and strides {spec.strides}"
         )
 
 
@@ -68,48 +111,47 @@ def _type_name(value: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def check_rank(name: str, array: Any, axes: str) -> None:
-    """Raise unless `array` has the dimensions that `axes` lists, for instance ``"N, H, W, C"``."""
-    count = axes.count(",") + 1
-    if array.ndim != count:
-        raise ValueError(f"{name}: expected {count} dimensions ({axes}), got shape {array.shape}")
+def check_image(name: str, spec: Spec) -> None:
+    """Raise unless it is a tensor of numbers or bools with the axes N, H, W, C."""
+    if len(spec.shape) != 4:
+        raise ValueError(f"{name}: expected 4 dimensions (N, H, W, C), got shape {spec.shape}")
+    if spec.dtype.kind not in "biufc" and spec.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: expected a numeric or bool dtype, got {spec.dtype}")
 
 
-def check_numeric(name: str, array: Any) -> None:
-    """Raise unless the dtype of `array` is a number or bool."""
-    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name}: expected a numeric or bool dtype, got {array.dtype}")
-
-
-def check_addable(name: str, array: Any) -> None:
+def check_addable(name: str, spec: Spec) -> None:
     """Raise unless blocks of this dtype can be added."""
-    if array.dtype.name not in _ADDABLE:
+    if spec.dtype.name not in _ADDABLE:
         raise TypeError(
             f"{name}: expected a dtype that add=True can sum (integers, float16, bfloat16, float32, "
-            f"float64, complex64, complex128), got {array.dtype}"
+            f"float64, complex64, complex128), got {spec.dtype}"
         )
 
 
-def check_mask_dtype(name: str, array: Any) -> None:
-    """Raise unless `array` is bool, integer or floating."""
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name}: expected a bool, integer or floating dtype, got {array.dtype}")
+def check_mask(name: str, spec: Spec) -> None:
+    """Raise unless it is a mask: bool, integer or floating, with the axes N, H, W and perhaps one channel."""
+    if spec.dtype.kind not in "biuf" and spec.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: expected a bool, integer or floating dtype, got {spec.dtype}")
+    if len(spec.shape) != 3 and not (len(spec.shape) == 4 and spec.shape[3] == 1):
+        raise ValueError(f"{name}: expected shape (N, H, W) or (N, H, W, 1), got {spec.shape}")
 
 
-def check_same_dtype(name: str, array: Any, dtype: np.dtype[Any], other: str) -> None:
-    """Raise unless `array` has `dtype`, the one of argument `other`."""
-    if array.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype} like {other}, got {array.dtype}")
+def check_like(name: str, spec: Spec, dtype: np.dtype[Any], shape: tuple[int, ...], axes: str) -> None:
+    """Raise unless it has `dtype`, the one of argument x, and `shape`, whose axes are `axes`."""
+    if spec.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype} like x, got {spec.dtype}")
+    if spec.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} ({axes}), got {spec.shape}")
 
 
-def check_indices(bin_counts: Any, active_block_indices: Any) -> None:
+def check_indices(bin_counts: Spec, active_block_indices: Spec) -> None:
     """Raise unless the two arrays are of the form that ``reduce_mask`` returns."""
-    for name, array in (("bin_counts", bin_counts), ("active_block_indices", active_block_indices)):
-        if array.dtype != np.int32:
-            raise TypeError(f"{name}: expected dtype int32, got {array.dtype}")
+    for name, spec in (("bin_counts", bin_counts), ("active_block_indices", active_block_indices)):
+        if spec.dtype != _INT32:
+            raise TypeError(f"{name}: expected dtype int32, got {spec.dtype}")
     if bin_counts.shape != (1,):
         raise ValueError(f"bin_counts: expected shape (1,), got {bin_counts.shape}")
-    if active_block_indices.ndim != 2 or active_block_indices.shape[1] != 3:
+    if len(active_block_indices.shape) != 2 or active_block_indices.shape[1] != 3:
         raise ValueError(f"active_block_indices: expected shape (M, 3), got {active_block_indices.shape}")
 
 
@@ -118,28 +160,45 @@ def stack_shape(rows: int, channels: int, grid: BlockGrid, transpose: bool) -> t
     return (rows, channels, *grid.bsize) if transpose else (rows, *grid.bsize, channels)
 
 
-def check_shape(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise unless `array` has `shape`; `meaning` says what its axes are."""
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape} ({meaning}), got {array.shape}")
+def stack_axes(transpose: bool) -> str:
+    """What the axes of the block stack are."""
+    return "M, C, height, width" if transpose else "M, height, width, C"
 
 
 def check_output(name: str, array: Any, **inputs: Any) -> None:
     """Raise unless `array` can be written: not read-only, no element twice, nothing shared with `inputs`."""
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
-    if _repeats_elements(array):
+    if not array.flags.c_contiguous and _repeats_elements(array):
         raise ValueError(
             f"{name}: expected an array whose elements lie apart, got shape {array.shape} with strides {array.strides}"
         )
+    low, high = byte_bounds(array)
     for other, value in inputs.items():
-        if _share_memory(array, value):
+        other_low, other_high = byte_bounds(value)
+        if high > other_low and other_high > low and _share_memory(array, value):
             raise ValueError(f"{name}: expected memory of its own, got an array that overlaps {other}")
+
+
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """Addresses of the first byte of an array and behind its last, on the host or on the device."""
+    low = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+    if array.flags.c_contiguous:
+        return low, low + array.nbytes
+    if array.size == 0:
+        return low, low
+    high = low + array.itemsize
+    for stride, length in zip(array.strides, array.shape):
+        if stride > 0:
+            high += stride * (length - 1)
+        else:
+            low += stride * (length - 1)
+    return low, high
 
 
 def _repeats_elements(array: Any) -> bool:
     """Whether two elements may lie at one address: some axis steps less than the axes inside it span."""
-    if array.size == 0 or array.flags.c_contiguous:
+    if array.size == 0:
         return False
     reach = array.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
@@ -153,37 +212,20 @@ def _share_memory(a: Any, b: Any) -> bool:
     """Whether an element of `a` lies in one of `b`; undecided cases count as yes. Reads no element."""
     if a.size == 0 or b.size == 0:
         return False
-    a_low, a_high = _byte_bounds(a)
-    b_low, b_high = _byte_bounds(b)
-    if a_high <= b_low or b_high <= a_low:
-        return False
     try:
         return np.shares_memory(_address_view(a), _address_view(b), max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
-def address(array: Any) -> int:
-    """Address of the first element, on the host or on the device."""
-    if isinstance(array, np.ndarray):
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
-
-
-def _byte_bounds(array: Any) -> tuple[int, int]:
-    steps = [s * (n - 1) for s, n in zip(array.strides, array.shape)]
-    low = address(array) + sum(s for s in steps if s < 0)
-    high = address(array) + sum(s for s in steps if s > 0) + array.itemsize
-    return low, high
-
-
 def _address_view(array: Any) -> np.ndarray[Any, Any]:
     """A NumPy array with the address and strides of `array`, for arithmetic on them alone."""
+    address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
 
     class _Addresses:
         __array_interface__ = {
             "version": 3,
-            "data": (address(array), True),
+            "data": (address, True),
             "typestr": f"|V{array.itemsize}",
             "shape": array.shape,
             "strides": array.strides,

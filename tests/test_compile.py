@@ -25,24 +25,35 @@ GROUP = 40
 
 
 def all_instances() -> list[Instance]:
-    """The size table, the default set, every dtype at one size, a non-square size, and 64-bit counting."""
+    """The size table, the default set, everything for float16, the widest words of every dtype, and 64-bit counting."""
+    half, single = np.dtype(np.float16), np.dtype(np.float32)
     dtypes = [np.dtype(name) for name in _instances.SUM_DTYPES if name != "bfloat16"]
     dtypes += [np.dtype(bool), np.dtype(ml_dtypes.bfloat16)]
     found = [instance for size in _instances.SIZE_TABLE for instance in _instances.table_instances(size)]
     found += _instances.default_instances()
-    found += _instances.instances_for([(16, 16)], dtypes)
-    found += _instances.instances_for([(10, 7)], [np.dtype(np.float32)])
-    for walk in _instances.walks_for(np.dtype(np.uint8)):
-        wide = Walk(walk.order, walk.word, walk.image_along_channels, wide=True)
+    found += _instances.instances_for([(16, 16)], [half])
+    for dtype in dtypes:
+        lanes, *_ = _instances.tile_lanes(dtype.itemsize)
+        word = _instances.max_word(dtype, True)
+        for walk in (Walk("rows", word), Walk("tiled", dtype.itemsize, True, lanes, lanes)):
+            found.append(_instances.scatter_instance(walk, (10, 7), dtype, dtype.kind != "b"))
+        if dtype.kind != "c":
+            found += [
+                _instances.activity_instance(dtype, avgpool, pixels)
+                for avgpool in (False, True)
+                for pixels in _instances.mask_lanes(dtype)
+            ]
+    for walk in _instances.walks_for(single):
+        wide = walk._replace(wide=True)
         found.append(_instances.gather_instance(wide, (46341, 46341)))
-        found.append(_instances.scatter_instance(wide, (46341, 46341), np.dtype(np.uint8), False))
+        found.append(_instances.scatter_instance(wide, (46341, 46341), single, False))
     return list(dict.fromkeys(found))
 
 
 def register_bounds() -> dict[str, int]:
     """The bound that stands in the comment directly above each kernel."""
     pattern = (
-        r"// Registers: at most (\d+)\.\n(?:template <.*>\n)?__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\("
+        r"// Registers: at most (\d+)\.\n(?:template <[^{]*?>\n)?__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\("
     )
     text = "".join(path.read_text() for path in sorted(kernel_folder().glob("*.cu")))
     return {name: int(bound) for bound, name in re.findall(pattern, text)}
@@ -112,4 +123,4 @@ def test_a_spill_would_be_seen() -> None:
 
 def test_errors_name_file_and_line() -> None:
     with pytest.raises(CompileException, match=r"gather\.cu\(\d+\)|vec\.cuh\(\d+\)"):
-        compile_for("sm_90", [Instance("gather.cu", "sbnet::gather<3, unsigned int, 4, 4, sbnet::Order::kChannels>")])
+        compile_for("sm_90", [Instance("gather.cu", "sbnet::gather<3, unsigned int, 4, 4, sbnet::Order::kRows>")])

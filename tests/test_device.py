@@ -165,7 +165,9 @@ def test_work_runs_on_the_current_stream() -> None:
     sbnet_cupy.sparse_gather(cupy.asarray(x), counts, indices, **TILES)
     busy, idle = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     late = cupy.zeros(x.shape, np.float32)
-    late[...] = 0  # CuPy compiles its own kernels now, not while the stream is to be busy
+    for value in (1, 0):  # CuPy compiles its own kernels now, not while the stream is to be busy
+        late[...] = value
+    late.any()
     with busy:
         spin((1,), (1,), (np.int64(0),))
     cupy.cuda.Device().synchronize()

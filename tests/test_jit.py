@@ -33,20 +33,21 @@ def python(code: str, *, root: Path = ROOT, check: bool = True, **environment: s
 
 
 def test_expressions_spell_the_template_arguments() -> None:
-    walk = _instances.Walk("channels", 16)
+    walk = _instances.Walk("rows", 16)
     half = np.dtype(np.float16)
     assert _instances.gather_instance(walk, (18, 20)) == (
         "gather.cu",
-        "sbnet::gather<16, unsigned int, 18, 20, sbnet::Order::kChannels>",
+        "sbnet::gather<16, unsigned int, 18, 20, sbnet::Order::kRows>",
     )
+    assert _instances.max_word(half, True) == 8
     assert _instances.scatter_instance(walk, (16, 16), half, True) == (
         "scatter.cu",
-        "sbnet::scatter<sbnet::Sum<__half, 8>, unsigned int, 16, 16, sbnet::Order::kChannels>",
+        "sbnet::scatter<sbnet::Sum<__half, 8>, unsigned int, 16, 16, sbnet::Order::kRows>",
     )
-    tiled = _instances.Walk("tiled", 8, image_along_channels=True, wide=True)
+    tiled = _instances.Walk("tiled", 8, True, image_lanes=2, stack_lanes=1, wide=True)
     assert _instances.scatter_instance(tiled, (3, 4), np.dtype(np.complex64), True) == (
         "scatter.cu",
-        "sbnet::scatter_tiled<sbnet::Sum<float, 2>, unsigned long long, 3, 4, true>",
+        "sbnet::scatter_tiled<sbnet::Sum<float, 2>, unsigned long long, 3, 4, true, 2, 1>",
     )
 
 
@@ -58,10 +59,11 @@ def test_size_table_is_that_of_the_original() -> None:
 def test_precompile_names_everything_a_dtype_can_need() -> None:
     found = {i.expression for i in _instances.instances_for([(5, 6)], [np.dtype(np.float16)])}
     for word in (2, 4, 8, 16):
-        assert f"sbnet::gather<{word}, unsigned int, 5, 6, sbnet::Order::kChannels>" in found
-        assert f"sbnet::scatter<sbnet::Sum<__half, {word // 2}>, unsigned int, 5, 6, sbnet::Order::kChannels>" in found
-    assert "sbnet::block_activity<__half, sbnet::AveragePool>" in found
-    assert "sbnet::gather_tiled<2, unsigned int, 5, 6, false>" in found
+        assert f"sbnet::gather<{word}, unsigned int, 5, 6, sbnet::Order::kRows>" in found
+        added = f"sbnet::scatter<sbnet::Sum<__half, {word // 2}>, unsigned int, 5, 6, sbnet::Order::kRows>"
+        assert (added in found) == (word <= 8)
+    assert "sbnet::block_activity<__half, sbnet::AveragePool, 8>" in found
+    assert "sbnet::gather_tiled<2, unsigned int, 5, 6, false, 1, 8>" in found
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ print(sbnet_cupy.sparse_gather(x, counts, indices, bsize=(8, 8), bstride=(8, 8))
     assert float(python(code, root=tmp_path, **environment).stdout) == 256
     header = tmp_path / "kernels" / "transfer.cuh"
     text = header.read_text()
-    changed = text.replace("if (row >= *t.bin_counts) return at;", "if (row + 1 >= *t.bin_counts) return at;")
+    changed = text.replace("row < count && n >= 0", "row + 1 < count && n >= 0")
     assert changed != text
     header.write_text(changed)
     assert float(python(code, root=tmp_path, **environment).stdout) == 0

@@ -65,6 +65,20 @@ def test_figures_are_those_of_the_recorded_run() -> None:
     assert f"no device touched) | {rows['lazy']['median_s']:.2f} s |" in text
 
 
+def test_speeds_are_those_of_the_recorded_run() -> None:
+    found = json.loads((ROOT / "bench/results/gather_scatter.json").read_text())["results"]
+    rows = {(row["case"], row["implementation"]): row for row in found}
+    table = re.findall(
+        r"^\| (.+) \| (\d+) us \| ([\d.]+) \| (\d+) us \| (\d+) us \|$", README.read_text(), re.MULTILINE
+    )
+    assert len(table) == 6
+    for op, time, share, cupy, torch in table:
+        ours = rows[f"case L: {op}", "sbnet_cupy"]
+        assert (time, share) == (f"{ours['median_us']:.0f}", f"{ours['share']:.2f}")
+        for name, rival in (("CuPy indexing", cupy), ("PyTorch indexing", torch)):
+            assert rival == f"{rows[f'case L: {op}', name]['median_us']:.0f}"
+
+
 def test_ci_runs_the_command_that_the_readme_gives() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.count("<!-- command:") == 2
