@@ -92,7 +92,8 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return.
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 256 rows on a
+    grid whose blocks do not overlap need no map.
     """
     xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out)
     grid = parse_grid(bsize, boffset, bstride)

@@ -1,0 +1,348 @@
+"""Calls of the ops that take every kernel through its paths, on NumPy arrays or on the stand-in's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import DTYPES, INT32, MASK_DTYPES, Array, Case, MaskCase, identical, random_bits
+
+import sbnet_cupy
+from sbnet_cupy import _plan
+from sbnet_cupy._instances import Instance
+
+from . import KernelFault, Order, device, guarded, recording, standin
+
+#: Few, since each is compiled for every word and order.
+BLOCK_SIZES = ((3, 3), (4, 7), (5, 2))
+
+#: What a call changes in the host code, as (dotted name, value): smaller bounds, for instance, so that a small
+#: case does what a large one would.
+Patches = tuple[tuple[str, Any], ...]
+
+
+class Difference(Exception):
+    """A kernel's result is not that of NumPy."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: `run` makes it on arrays of a namespace, and returns the results."""
+
+    name: str
+    run: Callable[[Any], list[Any]]
+    nan_payloads: bool = True
+    patches: Patches = ()
+
+    def kernels(self) -> list[Instance]:
+        """What it would launch."""
+        with recording() as found, self.patched():
+            self.run(standin)
+        return list(found)
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.patches:
+                patch.setattr(name, value)
+            yield
+
+    def check(self, order: Order, kernels: Path | None = None) -> None:
+        """Raise `KernelFault` or `Difference` unless the kernels compute what NumPy does."""
+        expected = self.run(np)
+        with device(order, kernels) as xp, self.patched():
+            try:
+                found = self.run(xp)
+            except KernelFault as fault:
+                raise KernelFault(f"{self.name}: {fault}") from None
+        for number, (ours, theirs) in enumerate(zip(found, expected)):
+            with np.errstate(invalid="ignore"):
+                agree = identical(ours, theirs, nan_payloads=self.nan_payloads)
+            if not agree:
+                raise Difference(f"{self.name}: result {number}:\n{_first_difference(ours.get(), theirs)}")
+
+
+def _first_difference(found: Array, expected: Array) -> str:
+    if found.shape != expected.shape:
+        return f"shape {found.shape} instead of {expected.shape}"
+    unequal = np.argwhere((found != expected) & ~((found != found) & (expected != expected)))
+    where = tuple(map(int, unequal[0])) if len(unequal) else ()
+    return f"{len(unequal)} elements differ; {where}: {found[where]} instead of {expected[where]}"
+
+
+def _close(xp: Any) -> Any:
+    """The namespace, with arrays that touch a guard page whatever their size: users' arrays may begin anywhere."""
+    if xp is not standin:
+        return xp
+    return SimpleNamespace(empty=functools.partial(xp.empty, alignment=1), asarray=xp.asarray)
+
+
+def gather_call(case: Case, name: str, patches: Patches = ()) -> Call:
+    def run(xp: Any) -> list[Any]:
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
+        blocks[...] = xp.asarray(case.stack.transpose(0, 3, 1, 2) if case.transpose else case.stack)
+        with guarded(xp, (x, bin_counts, indices), blocks):
+            sbnet_cupy.sparse_gather(x, bin_counts, indices, **case.grid, transpose=case.transpose, out=blocks)
+        return [blocks]
+
+    return Call(f"gather-{name}", run, patches=patches)
+
+
+def scatter_call(case: Case, name: str, add: bool, patches: Patches = ()) -> Call:
+    def run(xp: Any) -> list[Any]:
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
+        with guarded(xp, (blocks, bin_counts, indices), x):
+            sbnet_cupy.sparse_scatter_var(
+                blocks, bin_counts, indices, x, **case.grid, add=add, atomic=add, transpose=case.transpose
+            )
+        return [x]
+
+    return Call(f"{'add' if add else 'scatter'}-{name}", run, nan_payloads=not add, patches=patches)
+
+
+def mask_call(case: MaskCase, name: str, patches: Patches = ()) -> Call:
+    def run(xp: Any) -> list[Any]:
+        mask = case.array(_close(xp))
+        with guarded(xp, (mask,)):
+            return list(sbnet_cupy.reduce_mask(mask, case.bcount, **case.arguments))
+
+    return Call(f"mask-{name}", run, patches=patches)
+
+
+def random_case(
+    seed: int,
+    dtype: np.dtype[Any],
+    channels: int,
+    *,
+    transpose: bool = False,
+    layouts: tuple[str, str] = ("nhwc", "nhwc"),
+    bsize: tuple[int, int] | None = None,
+    rows: int = 45,
+    size: tuple[int, int] = (10, 13),
+    bstride: tuple[int, int] | None = None,
+    rows_are: str = "random",
+) -> Case:
+    """A small batch with blocks over every edge, neighbours, equal blocks, hostile indices and rows out of use.
+
+    Or if its rows are "ascending", about half of all blocks of the grid, as they come from ``reduce_mask``; or those
+    "shuffled".
+    """
+    rng = np.random.default_rng(seed)
+    bsize = bsize or BLOCK_SIZES[seed % len(BLOCK_SIZES)]
+    bstride = bstride or (int(rng.integers(max(1, bsize[0] // 2), bsize[0] + 2)), int(rng.integers(1, bsize[1] + 2)))
+    boffset = (int(rng.integers(-bsize[0], 3)), int(rng.integers(-bsize[1], 3)))
+    last = [(extent - offset) // stride + 1 for extent, offset, stride in zip(size, boffset, bstride)]
+    indices = rng.integers((-1, -1, -1), (3, last[0] + 1, last[1] + 1), (rows, 3)).astype(np.int32)
+    if rows_are != "random":
+        indices = np.argwhere(rng.random((2, last[0] + 1, last[1] + 1)) < 0.6).astype(np.int32)
+        indices = rng.permutation(indices) if rows_are == "shuffled" else indices
+        rows = len(indices)
+    elif rows:
+        indices[rng.integers(0, rows, 3)] = indices[rng.integers(0, rows, 3)]
+        indices[rng.integers(0, rows, 2)] = rng.choice([INT32.min, -(2**30), 0, 2**30, INT32.max], (2, 3))
+        indices[-3] = [1, last[0] // 2, last[1] // 2]  # the first row out of use, where there are such
+    return Case(
+        x=_values(rng, (2, *size, channels), dtype),
+        stack=_values(rng, (rows, *bsize, channels), dtype),
+        indices=indices,
+        count=(rows - 3, rows, INT32.max)[seed % 3],
+        bsize=bsize,
+        boffset=boffset,
+        bstride=bstride,
+        transpose=transpose,
+        layouts=layouts,
+    )
+
+
+def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Any bits; but most floating numbers of one magnitude, so that the order of a sum shows."""
+    bits = random_bits(rng, shape, dtype)
+    if dtype.kind not in "fcV":
+        return bits
+    return np.where(rng.random(shape) < 0.2, bits, rng.standard_normal(shape).astype(dtype))
+
+
+def random_mask(
+    seed: int,
+    dtype: np.dtype[Any],
+    avgpool: bool,
+    *,
+    bsize: tuple[int, int] = (5, 4),
+    size: tuple[int, int] = (13, 40),
+    bcount: tuple[int, int] = (6, 14),
+    capacity: int | None = None,
+    layout: str = "nhwc",
+    bstride: tuple[int, int] | None = None,
+    density: float = 0.05,
+) -> MaskCase:
+    """A mask whose sums are exact in any order; some pixels and some averages meet `tol` exactly."""
+    rng = np.random.default_rng(seed)
+    eighths = np.where(rng.random((2, *size)) < density, rng.integers(0, 9, (2, *size)), 0)
+    mask = eighths.astype(dtype)
+    if dtype.kind in "iu":  # numbers of all magnitudes
+        mask[eighths > 6] = np.iinfo(dtype).max
+        mask[eighths == 1] = np.iinfo(dtype).min
+    elif dtype.kind != "b":
+        mask /= dtype.type(8)
+    tol = {"b": 0.0, "i": 3.0, "u": 3.0}.get(dtype.kind, 0.375)
+    return MaskCase(
+        mask=mask,
+        bcount=bcount,
+        bsize=bsize,
+        boffset=(int(rng.integers(-bsize[0] - 1, 2)), int(rng.integers(-bsize[1] - 1, 2))),
+        bstride=bstride or (int(rng.integers(2, bsize[0] + 2)), int(rng.integers(2, bsize[1] + 2))),
+        tol=tol / (bsize[0] * bsize[1]) if avgpool else tol,
+        avgpool=avgpool,
+        capacity=capacity,
+        layout=layout,
+    )
+
+
+#: How a case is laid out: transpose, layouts of image and stack, channels, block size (or any).
+_Walk = tuple[bool, tuple[str, str], int, tuple[int, int] | None]
+
+#: Of each element size, the dtype that goes all ways. For copies, others of the size are the same.
+_SIZES = ("uint8", "float16", "float32", "float64", "complex128")
+
+#: Channels, and pixels of a block, that so many lanes divide, but no more.
+_CHANNELS = {1: 9, 2: 10, 4: 12, 8: 8, 16: 16}
+_PIXELS = {1: (3, 3), 2: (2, 3), 4: (4, 3), 8: (2, 4), 16: (4, 4)}
+
+
+def _walks(itemsize: int) -> tuple[list[_Walk], list[_Walk]]:
+    """All ways in which kernels walk over elements of a size: word by word, and through tiles that turn."""
+    straight: list[_Walk] = [(False, ("nhwc", "nhwc"), channels, None) for channels in (1, 2, 3, 4, 8, 16)]
+    straight += [(False, ("reversed", "nhwc"), channels, None) for channels in (2, 3, 4, 8, 16)]
+    straight += [(True, ("nchw", "nhwc"), 3, None), (False, ("sliced", "nhwc"), 8, None)]
+    straight += [(False, ("nhwc", "reversed"), 1, None), (True, ("strided", "misaligned"), 2, None)]
+    lanes = sorted({max(1, size // itemsize) for size in (1, 8, 16)})
+    turned: list[_Walk] = [(False, ("nchw", "nhwc"), _CHANNELS[n], None) for n in lanes]
+    turned += [(True, ("nhwc", "nhwc"), _CHANNELS[n], _PIXELS[m]) for n in lanes for m in lanes]
+    return straight, turned
+
+
+def walk_calls() -> list[Call]:
+    """Every kernel of gather and scatter with every element size, order and word; and every dtype a few times."""
+    calls = []
+    for number, dtype in enumerate(DTYPES):
+        straight, turned = _walks(dtype.itemsize)
+        some_tile = len(turned) - 1 - number % sum(transpose for transpose, *_ in turned)
+        for walk, (transpose, layouts, channels, bsize) in enumerate(straight + turned):
+            case = random_case(
+                100 * number + walk, dtype, channels, transpose=transpose, layouts=layouts, bsize=bsize, rows=30
+            )
+            name, sampled = f"{dtype}-{walk}", walk % 8 == number % 8
+            if dtype.name in _SIZES or sampled:
+                calls += [gather_call(case, name), scatter_call(case, name, add=False)]
+            # Sums take long to compile. Signed integers are added as unsigned ones, and of tiles, a few will do.
+            tile = walk - len(straight)
+            thorough = dtype.kind not in "bi" and (tile <= 0 or tile == some_tile)
+            if thorough or (sampled and dtype.kind != "b"):
+                calls.append(scatter_call(case, name, add=True))
+    return calls
+
+
+def _count_in_64_bits(*arguments: Any) -> _plan.TransferPlan:
+    """The plan, as if the block had more than 2^31 words."""
+    plan = _plan.plan_transfer(*arguments)
+    return replace(plan, walk=plan.walk._replace(wide=True))
+
+
+FEW_CTAS: Patches = (("sbnet_cupy._plan._ENOUGH_CTAS", 1),)
+WIDE: Patches = (("sbnet_cupy._transfer.plan_transfer", _count_in_64_bits),)
+
+
+def transfer_calls(case: Case, name: str, patches: Patches = ()) -> list[Call]:
+    return [
+        gather_call(case, name, patches),
+        scatter_call(case, name, add=False, patches=patches),
+        scatter_call(case, name, add=True, patches=patches),
+    ]
+
+
+def overlap_calls(add: bool, transpose: bool, bsize: tuple[int, int] = (4, 7)) -> list[Call]:
+    """Scatter where blocks share no pixel but those of equal blocks, few, or many; and in the grid's order or not."""
+    strides = {"apart": (6, 8), "beside": bsize, "near": (3, 5), "near-down": (3, 7), "half": (2, 4), "far": (1, 2)}
+    calls = []
+    for seed, (name, bstride) in enumerate(strides.items()):
+        for rows_are in ("random", "ascending", "shuffled"):
+            case = random_case(
+                seed,
+                np.dtype(np.float32),
+                9 if transpose else 3,
+                transpose=transpose,
+                bsize=bsize,
+                bstride=bstride,
+                rows_are=rows_are,
+            )
+            how = "tiled" if transpose else "direct"
+            calls.append(scatter_call(case, f"{name}-{rows_are}-{how}", add=add))
+    return calls
+
+
+def large_calls() -> list[Call]:
+    """Several CTAs for a block, or several words, tiles and rows for a CTA; 64-bit counting; nothing at all."""
+    float32 = np.dtype(np.float32)
+    calls = []
+    for transpose in (False, True):
+        across = "tiled" if transpose else "direct"
+        for channels in (40, 70):
+            case = random_case(channels, float32, channels, transpose=transpose, bsize=(8, 8), rows=12)
+            calls += transfer_calls(case, f"several-ctas-{across}-{channels}")
+            calls += transfer_calls(case, f"few-ctas-{across}-{channels}", FEW_CTAS)
+        case = random_case(7, float32, 9, transpose=transpose)
+        calls += transfer_calls(case, f"wide-{across}", WIDE)
+        calls += overlap_calls(False, transpose) + overlap_calls(True, transpose)
+    for bstride in ((2, 2), (1, 2)):
+        case = random_case(8, float32, 1, bsize=(2, 2), rows=600, size=(5, 6), bstride=bstride)
+        calls += transfer_calls(case, f"many-equal-blocks-{bstride[0]}")
+    calls += transfer_calls(random_case(9, float32, 1, bsize=(1, 1), rows=40), "many-rows-in-a-cta")
+    for name, part in (("no-rows", {"rows": 0}), ("no-channels", {"channels": 0}), ("no-pixels", {"size": (0, 5)})):
+        arguments: dict[str, Any] = {"channels": 4, **part}
+        calls += transfer_calls(random_case(10, float32, **arguments), name)
+    return calls
+
+
+def mask_calls() -> list[Call]:
+    """Every kind of pooling on every dtype, wide strips, and compaction in one tile and in several."""
+    calls = []
+    for number, dtype in enumerate(MASK_DTYPES):
+        for avgpool in (False, True):
+            pooling, capacity = "avg" if avgpool else "max", None if number % 2 else 200
+            case = random_mask(number, dtype, avgpool, capacity=capacity, bstride=(4, 3))
+            calls.append(mask_call(case, f"{dtype}-{pooling}"))
+            case = random_mask(number, dtype, avgpool, capacity=capacity, size=(13, 37))  # single pixels
+            calls.append(mask_call(case, f"{dtype}-{pooling}-odd"))
+        if dtype.kind in "iu":  # sums beyond the range of the dtype
+            case = replace(random_mask(number, dtype, True, density=0.5), tol=np.iinfo(dtype).max / 8.0)
+            calls.append(mask_call(case, f"{dtype}-avg-high"))
+    uint8 = np.dtype(np.uint8)
+    for layout in ("sliced", "reversed", "strided", "misaligned"):
+        calls.append(mask_call(random_mask(1, uint8, False, layout=layout), layout))
+    shapes: dict[str, dict[str, Any]] = {
+        "wide-blocks": {"bsize": (3, 300), "bstride": (3, 100), "size": (7, 700), "bcount": (3, 6)},
+        "wide-gaps": {"bsize": (2, 260), "bstride": (4, 300), "size": (7, 700), "bcount": (2, 4)},
+        "several-strips": {"size": (7, 700), "bcount": (2, 400), "bstride": (3, 2), "density": 0.01},
+        "tall": {"bsize": (300, 2), "size": (310, 9), "bcount": (2, 5), "density": 0.002},
+        "no-blocks": {"bcount": (0, 3)},
+        "none-active": {"density": 0.0},
+        "all-active": {"density": 1.0},
+    }
+    for name, shape in shapes.items():
+        for avgpool in (False, True):
+            calls.append(mask_call(random_mask(2, uint8, avgpool, **shape), f"{name}-{'avg' if avgpool else 'max'}"))
+    pixels: dict[str, Any] = {"bsize": (1, 1), "bstride": (1, 1), "size": (48, 100), "density": 0.3}
+    # Several tiles of one piece, one tile, and one of two pieces.
+    for tile, bcount in ((304, (50, 31)), (8192, (50, 31)), (16384, (50, 83))):
+        patches = (("sbnet_cupy._pooling._PIECE", tile),)
+        for capacity in (None, 0, 100, 12000):
+            case = random_mask(3, uint8, False, **pixels, bcount=bcount, capacity=capacity)
+            calls.append(mask_call(case, f"tiles-of-{tile}-capacity-{capacity}", patches))
+    return calls
