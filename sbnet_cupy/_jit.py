@@ -44,14 +44,11 @@ def launch(instance: Instance, grid: tuple[int, ...], block: tuple[int, ...], ar
     kernel(grid, block, arguments)
 
 
-def pack(fields: Sequence[int]) -> np.ndarray[Any, Any]:
-    """A struct of 8-byte fields as one kernel argument, passed by value: each argument of its own costs host time."""
-    # CuPy passes a NumPy array of one element by value.
-    return np.array(fields, np.int64).view(f"V{8 * len(fields)}")
-
-
 class Template:
-    """A struct whose first fields are addresses and whose other fields are the same in every call."""
+    """A struct of 8-byte fields, of which the first are addresses and the others the same in every call.
+
+    It is passed by value as one kernel argument: each argument of its own would cost host time.
+    """
 
     def __init__(self, fields: Sequence[int]) -> None:
         # A bytes object takes less time to join and to wrap than an array to copy and to fill.
@@ -60,6 +57,7 @@ class Template:
     def at(self, addresses: Sequence[int]) -> np.ndarray[Any, Any]:
         """The kernel argument with these addresses."""
         data = struct.pack(f"={len(addresses)}Q", *addresses) + self._fields
+        # CuPy passes a NumPy array of one element by value.
         return np.frombuffer(data, _struct_dtype(len(data)))
 
 
@@ -201,11 +199,6 @@ def compiled() -> list[str]:
 def import_report() -> str:
     """One line on what the import of the package built."""
     return _import_report
-
-
-def device_available() -> bool:
-    """Whether CuPy can be imported and sees a CUDA device. Never raises."""
-    return not why_unavailable()
 
 
 def why_unavailable() -> str:

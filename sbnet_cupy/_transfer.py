@@ -54,7 +54,7 @@ def scatter(
         # One allocation for both arrays of the cover map; see kernels/cover.cuh.
         cover = cupy.empty(ready.cells + (rows if add else 0), np.int32)
         cover.data.memset_async(0xFF, 4 * ready.cells)
-        arguments = (argument, _jit.pack([cover.data.ptr, cover.data.ptr + 4 * ready.cells if add else 0]))
+        arguments = (argument, _COVER.at((cover.data.ptr, cover.data.ptr + 4 * ready.cells if add else 0)))
         _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
     else:
         arguments = (argument, _NO_COVER)
@@ -72,7 +72,9 @@ class _Ready:
     cells: int = 0  # of the cover map; 0 if it is not needed
 
 
-_NO_COVER = _jit.pack([0, 0])
+#: struct Cover of kernels/cover.cuh: nothing but addresses.
+_COVER = _jit.Template([])
+_NO_COVER = _COVER.at((0, 0))
 
 
 @functools.lru_cache(maxsize=1024)
