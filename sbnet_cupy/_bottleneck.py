@@ -213,7 +213,8 @@ def res_block_bottleneck(
     inner = x if first.is_identity else activate_image(x, first, x.dtype, xp)
     for layer, w, affine in zip(layers, _convs(weights), norms):
         inner = convolve_image(inner, w, layer, affine, how)
-    return _add(_shortcut(x, weights, layers, how), inner)
+    with np.errstate(all="ignore"):
+        return xp.add(inner, _shortcut(x, weights, layers, how), out=inner)
 
 
 def sparse_res_block_bottleneck(
@@ -313,14 +314,6 @@ def _shortcut(x: Any, weights: BottleneckWeights, layers: tuple[Layer, ...], how
         return x
     strides = layers[1].strides
     return convolve_image(x, weights.project, make_layer(x.shape[1:3], (1, 1), strides, "SAME"), IDENTITY, how)
-
-
-def _add(shortcut: Any, inner: Any) -> Any:
-    """The sum, in float32 at least, rounded once; a new array."""
-    wide = wide_dtype(inner.dtype)
-    with np.errstate(all="ignore"):
-        total = shortcut.astype(wide, copy=False) + inner.astype(wide, copy=False)
-        return total.astype(inner.dtype, copy=False)
 
 
 def _same_memory(x: Any, out: Any) -> bool:

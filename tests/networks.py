@@ -182,5 +182,19 @@ def geometries(draw: st.DrawFn, same_padding: bool = False) -> Geometry:
     )
 
 
+#: Few block sizes, because each is compiled; borders, ragged tiles, strides, rows out of use, too few rows.
+DEVICE_CASES = {
+    "3x3": Geometry((2, 13, 16, 8), (3, 3), (1, 1), "SAME", (4, 5), 0.03, None, 0),
+    "3x3-spare-rows": Geometry((2, 13, 16, 3), (3, 3), (1, 1), "SAME", (4, 5), 0.03, 4, 1),
+    "3x3-too-few-rows": Geometry((2, 13, 16, 6), (3, 3), (1, 1), "SAME", (4, 5), 0.1, -3, 2),
+    "3x3-all": Geometry((1, 3, 4, 4), (3, 3), (1, 1), "VALID", (4, 5), 1.0, None, 3),
+    "3x3-none": Geometry((1, 13, 16, 4), (3, 3), (1, 1), "SAME", (4, 5), 0.0, 2, 4),
+    "3x3-stride": Geometry((2, 14, 15, 8), (3, 3), (2, 2), "SAME", (2, 3), 0.03, None, 5),
+    "2x5-strides": Geometry((1, 14, 15, 5), (2, 5), (3, 1), ((1, 0), (3, 2)), (2, 2), 0.1, 1, 6),
+    "1x1-stride": Geometry((2, 14, 15, 4), (1, 1), (2, 2), "SAME", (2, 2), 0.03, None, 7),
+    "1x1": Geometry((2, 14, 15, 4), (1, 1), (1, 1), "SAME", (5, 7), 0.03, None, 8),
+}
+
+
 def capacity(spare: int | None, count: int) -> int | None:
     return None if spare is None else max(0, count + spare)

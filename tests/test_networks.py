@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import cpu_cuda
 import networks
 import numpy as np
 import pytest
 from cases import identical
+from cpu_cuda.products import HostMultiplier
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import DTYPES, Geometry, geometries
+from networks import DEVICE_CASES, DTYPES, Geometry, geometries
 
 import sbnet_cupy
 from sbnet_cupy import (
@@ -147,6 +151,40 @@ kernels = st.sampled_from(
 @given(geometries(same_padding=True), kernels, st.booleans(), st.booleans())
 def test_bottleneck(dtype: Any, case: Geometry, ksizes: Any, first: bool, project: bool) -> None:
     check_bottleneck(case, dtype, ksizes, first, project)
+
+
+# On a device: CuPy on a GPU, and CuPy's host code with kernels that run on the CPU ------------------------------------
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """CuPy, or what stands in for it: then NumPy multiplies in place of cuBLAS, at the same addresses."""
+    if request.param == "gpu":
+        yield pytest.importorskip("cupy")
+        return
+    if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
+        pytest.skip(cpu_cuda.why_unavailable())
+    with cpu_cuda.device() as xp:
+        monkeypatch.setattr("sbnet_cupy._cublas.Multiplier", HostMultiplier)
+        yield xp
+
+
+@dtypes
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_convolution_on_a_device(name: str, dtype: Any, device: Any) -> None:
+    if dtype.name in ("float64", "bfloat16") and name not in ("3x3", "3x3-stride"):
+        pytest.skip("covered by the other dtypes")
+    case = DEVICE_CASES[name]
+    check_conv(case, dtype, 4, bias=case.seed % 2 == 0, activation=(None, "relu")[case.seed % 3 == 0], xp=device)
+
+
+@dtypes
+@pytest.mark.parametrize("name", [name for name in DEVICE_CASES if name.startswith("3x3") and name != "3x3-all"])
+def test_bottleneck_on_a_device(name: str, dtype: Any, device: Any) -> None:
+    if dtype.name in ("float64", "bfloat16") and name not in ("3x3", "3x3-stride"):
+        pytest.skip("covered by the other dtypes")
+    case, ksizes = DEVICE_CASES[name], ((1, 1), (3, 3), (1, 1))
+    check_bottleneck(case, dtype, ksizes, first=case.seed != 1, project="stride" in name or case.seed == 2, xp=device)
 
 
 def test_a_chain_of_blocks_that_share_a_mask() -> None:
