@@ -167,7 +167,8 @@ def block_params(layers: Sequence[Layer], bsize: Pair) -> BlockParams:
     )
 
 
-def stack_grids(layers: Sequence[Layer], params: BlockParams) -> list[BlockGrid]:
+@functools.lru_cache(maxsize=1024)
+def stack_grids(layers: tuple[Layer, ...], params: BlockParams) -> list[BlockGrid]:
     """Grid of the stack that each convolution of a chain reads, on its own input image; and that of the last output.
 
     Pixel q of a convolution's output is computed from its input's pixels from ``q*s - pad_before`` on. A block that
