@@ -142,10 +142,10 @@ def sparse_conv2d(
     rounding.
 
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
-    after a first call. It allocates the result unless `out` is given; and for the time of the call the stack of gathered
-    blocks, that of the results (in float32 for half types and kernels larger than 1x1), where these have to be rounded
-    or something follows one more of the results, with strides other than 1 the gathered pixels once more, and 32 MiB for
-    cuBLAS (or what cuDNN asks for), all from CuPy's pool.
+    after a first call. It allocates the result unless `out` is given; and for the time of the call, from CuPy's pool,
+    the stack of gathered blocks, that of the results (in float32 for half types and kernels larger than 1x1), one more
+    of the results where they have to be rounded or something follows, with strides other than 1 the gathered pixels
+    once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
     """
     check_blocks(indices, params)
     given = {name: array for name, array in (("base", base), ("out", out)) if array is not None}

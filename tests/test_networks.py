@@ -24,6 +24,7 @@ from sbnet_cupy import (
     BlockIndices,
     BottleneckWeights,
     _device,
+    _stack_conv,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -227,6 +228,11 @@ def test_any_memory_layout(strides: int, device: Any) -> None:
         expected.assert_near(conv2d(x, w, **options), np.ones_like(covered))
 
 
+def _forget_engines() -> None:
+    _device.stack_conv.cache_clear()
+    _stack_conv._engine.cache_clear()
+
+
 @pytest.fixture
 def cudnn(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The device, with cuDNN as its engine, or what stands in for that."""
@@ -239,10 +245,10 @@ def cudnn(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.Monke
             pytest.importorskip("cudnn").create_handle()
         except Exception as error:  # the frontend is there, but cuDNN itself is not
             pytest.skip(f"cuDNN does not start: {error}")
-    _device.stack_conv.cache_clear()
+    _forget_engines()
     monkeypatch.setenv("SBNET_CUPY_CONV", "cudnn")
     yield device
-    _device.stack_conv.cache_clear()
+    _forget_engines()
     if device.__name__ != "cupy":
         sys.modules.pop(module, None)
 
