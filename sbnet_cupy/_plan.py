@@ -25,6 +25,10 @@ _TILED_CHANNELS = 4
 #: no multiprocessor waits long for the last one.
 _ENOUGH_CTAS = 2048
 
+#: Up to so many rows each have CTAs of their own, which can look for equal rows in the list itself: see
+#: kernels/cover.cuh.
+LISTED_ROWS = 512
+
 #: CTAs of a launch at most, where each of them can do more.
 _MOST_CTAS = 2**31 - 1
 
@@ -111,7 +115,7 @@ def plan_transfer(
 def _share_cta(columns: int, rows: int, whole_warps: bool) -> tuple[int, int, int]:
     """Threads of a CTA, stack rows that share it, and threads of each of those."""
     slot = _round_up(columns, _WARP) if whole_warps else columns
-    if slot > MAX_THREADS // 2 or rows == 1:
+    if slot > MAX_THREADS // 2 or rows <= LISTED_ROWS:
         # As many CTAs as it takes, with about equally many columns each.
         ctas = math.ceil(columns / MAX_THREADS)
         threads = _round_up(math.ceil(columns / ctas), _WARP)

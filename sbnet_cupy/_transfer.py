@@ -13,12 +13,8 @@ import numpy as np
 from . import _jit
 from ._geometry import Axis, BlockGrid
 from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
-from ._plan import MAX_THREADS, Layout, TransferPlan, division, plan_transfer
+from ._plan import LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
 from ._validate import Spec, spec_of
-
-#: Rows that each CTA searches for equal ones, on grids without overlaps, rather than have a map built.
-LISTED_ROWS = 512
-
 
 def gather(
     x: Any,
