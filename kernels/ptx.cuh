@@ -17,6 +17,37 @@ __device__ inline float add_exact(float a, float b) {
 #endif
 }
 
+// The same of float64. Written as a sum, it might be fused with the product before it.
+__device__ inline double add_exact(double a, double b) {
+#if defined(__CUDA_ARCH__)
+    double sum;
+    asm("add.rn.f64 %0, %1, %2;" : "=d"(sum) : "d"(a), "d"(b));
+    return sum;
+#else
+    return a + b;
+#endif
+}
+
+// a * b, rounded to nearest, and not fused with the sum after it.
+__device__ inline float mul_exact(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    float product;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+#else
+    return a * b;
+#endif
+}
+__device__ inline double mul_exact(double a, double b) {
+#if defined(__CUDA_ARCH__)
+    double product;
+    asm("mul.rn.f64 %0, %1, %2;" : "=d"(product) : "d"(a), "d"(b));
+    return product;
+#else
+    return a * b;
+#endif
+}
+
 // a > b; false where either is NaN.
 __device__ inline bool greater_exact(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -27,6 +58,8 @@ __device__ inline bool greater_exact(float a, float b) {
     return a > b;
 #endif
 }
+
+__device__ inline bool greater_exact(double a, double b) { return a > b; }
 
 // The float64 of the same value.
 __device__ inline double widen_exact(float a) {

@@ -4,19 +4,32 @@ A mask is reduced to the list of its active blocks, those blocks are gathered in
 runs on the stack, and the results are scattered back.
 """
 
+from ._bottleneck import BottleneckWeights, fold_batch_norm, res_block_bottleneck, sparse_res_block_bottleneck
+from ._conv import conv2d, sparse_conv2d
+from ._conv_geometry import BlockParams, calc_block_params, calc_block_params_res_block
 from ._gather import sparse_gather
 from ._jit import KernelCompileError, build_at_import, precompile
-from ._reduce_mask import BlockIndices, reduce_mask
+from ._reduce_mask import BlockIndices, block_indices, reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_var
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockIndices",
+    "BlockParams",
+    "BottleneckWeights",
     "KernelCompileError",
+    "block_indices",
+    "calc_block_params",
+    "calc_block_params_res_block",
+    "conv2d",
+    "fold_batch_norm",
     "precompile",
     "reduce_mask",
+    "res_block_bottleneck",
+    "sparse_conv2d",
     "sparse_gather",
+    "sparse_res_block_bottleneck",
     "sparse_scatter",
     "sparse_scatter_var",
 ]

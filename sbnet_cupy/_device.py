@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 
@@ -20,3 +21,17 @@ def pooling() -> ModuleType:
     from . import _pooling
 
     return _pooling
+
+
+@functools.cache
+def activation() -> ModuleType:
+    """The host side of the element-wise step on stacks."""
+    from . import _activate
+
+    return _activate
+
+
+@functools.cache
+def stack_conv(engine: str) -> ModuleType:
+    """The convolution of stacks by an engine: "cublas" or "cudnn"."""
+    return importlib.import_module(f"{__package__}._stack_conv_{engine}")

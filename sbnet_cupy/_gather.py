@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import _device, _reference
+from ._affine import Affine, check_channels, check_floating, parse_activation
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
     Spec,
@@ -35,12 +36,18 @@ def sparse_gather(
     bstride: Sequence[int],
     transpose: bool = False,
     out: Any = None,
+    scale: Any = None,
+    shift: Any = None,
+    activation: str | None = None,
 ) -> Any:
     """Copy blocks of an image tensor into a dense stack.
 
     Row ``b`` of the stack is the block ``(n, i, j) = active_block_indices[b]``: the pixels
     ``x[n, y:y + bsize[0], z:z + bsize[1], :]`` with ``y = boffset[0] + i*bstride[0]`` and
     ``z = boffset[1] + j*bstride[1]``. Pixels outside of the image are 0.
+
+    With `scale`, `shift` or `activation`, pixels of the image become ``act(x*scale + shift)`` on the way, while those
+    outside stay 0: what a convolution with zero padding sees behind a batch norm and an activation.
 
     Parameters
     ----------
@@ -57,6 +64,11 @@ def sparse_gather(
         Return blocks as ``[M, C, bsize[0], bsize[1]]`` instead of ``[M, bsize[0], bsize[1], C]``.
     out : ndarray, optional
         Stack to write to, of the result's shape and the dtype of `x`, in any strides.
+    scale, shift : ndarray, shape (C,), optional
+        Factor and summand for each channel: float32, or float64 for an `x` of float64. Takes an `x` of float16,
+        bfloat16, float32 or float64.
+    activation : None or 'relu'
+        ``'relu'`` makes negative numbers 0 and leaves NaN. Takes the dtypes that `scale` takes.
 
     Returns
     -------
@@ -74,37 +86,57 @@ def sparse_gather(
 
     Notes
     -----
-    Copies bits: ``-0.0``, NaN payloads and infinities stay as they are. With CuPy arrays it is one kernel
-    on the current stream, without synchronisation; the only allocation is the stack. The result is
-    bitwise reproducible.
+    Copies bits: ``-0.0``, NaN payloads and infinities stay as they are. ``act(x*scale + shift)`` is computed in float32
+    (float64 for float64), each operation rounded, and then rounded to the dtype of `x` once: the same to the bit in
+    NumPy and CuPy, but for the payload of NaNs.
+
+    With CuPy arrays, work runs on the current stream, without synchronisation: one kernel, and a second one for
+    `scale`, `shift` and `activation`. The only allocation is the stack, besides copies of `scale` and `shift` where
+    their elements do not lie side by side. The result is bitwise reproducible.
     """
-    xp = array_namespace(x=x, bin_counts=bin_counts, active_block_indices=active_block_indices, out=out)
+    affine = Affine(scale, shift, parse_activation(activation))
+    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices, **affine.arrays}
+    xp = array_namespace(out=out, **inputs)
     grid = parse_grid(bsize, boffset, bstride)
     transpose = bool(transpose)
     image = spec_of(x)
     given = None if out is None else spec_of(out)
-    shape = _check(
-        image, spec_of(bin_counts), spec_of(active_block_indices), given, grid, transpose, current_device(xp)
-    )
+    specs = (image, spec_of(bin_counts), spec_of(active_block_indices), given)
+    shape = _check(*specs, *affine.specs, affine.relu, grid, transpose, current_device(xp))
     if out is None:
         out = xp.empty(shape, x.dtype)
     else:
-        check_output("out", out, x=x, bin_counts=bin_counts, active_block_indices=active_block_indices)
+        check_output("out", out, **inputs)
+    stack = out.transpose(0, 2, 3, 1) if transpose else out
     if xp is np:
-        stack = out.transpose(0, 2, 3, 1) if transpose else out
-        _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, stack)
-    else:
-        _device.transfer().gather(x, image, bin_counts, active_block_indices, grid, out, given, transpose)
+        _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, affine, stack)
+        return out
+    _device.transfer().gather(x, image, bin_counts, active_block_indices, grid, out, given, transpose)
+    if not affine.is_identity:
+        _device.activation().activate(stack, stack, affine, bin_counts, active_block_indices, grid, x.shape)
     return out
 
 
 @functools.lru_cache(maxsize=1024)
 def _check(
-    x: Spec, bin_counts: Spec, indices: Spec, out: Spec | None, grid: BlockGrid, transpose: bool, device: int
+    x: Spec,
+    bin_counts: Spec,
+    indices: Spec,
+    out: Spec | None,
+    scale: Spec | None,
+    shift: Spec | None,
+    relu: bool,
+    grid: BlockGrid,
+    transpose: bool,
+    device: int,
 ) -> tuple[int, ...]:
     """Raise unless the arguments fit together; return the shape of the stack."""
     check_image("x", x)
     check_indices(bin_counts, indices)
+    if scale or shift or relu:
+        check_floating("x", x)
+        check_channels("scale", scale, x.dtype, x.shape[3], device)
+        check_channels("shift", shift, x.dtype, x.shape[3], device)
     shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
     if out is not None:
         check_like("out", out, x.dtype, shape, stack_axes(transpose))

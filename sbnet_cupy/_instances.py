@@ -175,6 +175,7 @@ def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[A
             found += [
                 activity_instance(dtype, avgpool, lanes) for avgpool in (False, True) for lanes in mask_lanes(dtype)
             ]
+        found += activate_instances(dtype)
     for bsize in bsizes:
         for dtype in dtypes:
             for walk in walks_for(dtype):
@@ -219,3 +220,28 @@ def channel_lane_counts(itemsize: int) -> tuple[int, ...]:
 def pixel_lane_counts(itemsize: int) -> tuple[int, ...]:
     """How many pixels of a tile a thread may move at once, most first: 16 bytes, or one."""
     return tuple(dict.fromkeys((MAX_WORD // itemsize, 1)))
+
+
+def activate_instance(source: np.dtype[Any], target: np.dtype[Any], lanes: int, wide: bool) -> Instance:
+    """The kernel that activates a stack of `source` numbers, `lanes` of them at once, into one of `target` numbers."""
+    index = WIDE_INDEX if wide else INDEX
+    names = f"{_SUMMANDS[source.name]}, {_SUMMANDS[target.name]}"
+    return Instance("activate.cu", f"sbnet::activate<{names}, {lanes}, {index}>")
+
+
+def activate_instances(dtype: np.dtype[Any]) -> list[Instance]:
+    """Every kernel that activates to stacks of `dtype`, from the same or from the float32 that halves are summed in."""
+    if dtype.name not in ACTIVATED:
+        return []
+    sources = [np.dtype(np.float32), dtype] if dtype.itemsize == 2 else [dtype]
+    return [activate_instance(source, dtype, lanes, False) for source in sources for lanes in activate_lanes(source)]
+
+
+#: Dtypes of stacks that are activated.
+ACTIVATED = ("float16", "bfloat16", "float32", "float64")
+
+
+def activate_lanes(source: np.dtype[Any]) -> tuple[int, ...]:
+    """How many channels of a stack may be activated at once, most first: those of up to 16 bytes."""
+    most = MAX_WORD // source.itemsize
+    return tuple(most >> k for k in range(most.bit_length()))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _device, _reference
+from ._conv_geometry import BlockParams
 from ._geometry import BlockGrid, parse_grid, parse_pair
 from ._validate import array_namespace, check_mask, check_place, current_device, spec_of
 
@@ -107,6 +108,42 @@ def reduce_mask(
     if xp is np:
         return _reduce_on_host(mask, blocks, grid, threshold, avgpool, capacity)
     return BlockIndices(*_device.pooling().reduce_mask(mask, blocks, grid, threshold, avgpool, capacity))
+
+
+def block_indices(
+    mask: Any, params: BlockParams, *, tol: float = 0.5, avgpool: bool = False, capacity: int | None = None
+) -> BlockIndices:
+    """Find the blocks of a convolution in which a mask is active.
+
+    It is :func:`reduce_mask` with the numbers of `params`: a block is active if the pixels that it reads are, the
+    halo included.
+
+    Parameters
+    ----------
+    mask : ndarray, shape (N, H, W) or (N, H, W, 1)
+        A value for each pixel of the image that the convolution reads.
+    params : BlockParams
+        What :func:`calc_block_params` or :func:`calc_block_params_res_block` returned for that image.
+    tol, avgpool, capacity
+        As in :func:`reduce_mask`.
+
+    Returns
+    -------
+    BlockIndices
+        As from :func:`reduce_mask`, whose errors, synchronisation, allocations and reproducibility are also these.
+    """
+    if not isinstance(params, BlockParams):
+        raise TypeError(f"params: expected BlockParams, got {type(params).__name__}")
+    return reduce_mask(
+        mask,
+        params.bcount,
+        bsize=params.bsize,
+        boffset=params.boffset,
+        bstride=params.bstrides,
+        tol=tol,
+        avgpool=avgpool,
+        capacity=capacity,
+    )
 
 
 def _reduce_on_host(

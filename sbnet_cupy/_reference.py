@@ -1,6 +1,6 @@
 """What each op computes, in NumPy: the definition that every kernel is compared with.
 
-All functions write into the array that they are given last and return nothing. The arguments are
+Ops on blocks write into the array that they are given last and return nothing. The arguments are
 already validated; `count` is the number of rows of `indices` that are in use.
 """
 
@@ -11,16 +11,46 @@ from typing import Any
 
 import numpy as np
 
+from ._affine import Affine, wide_dtype
 from ._geometry import BlockGrid
 
 Array = np.ndarray[Any, Any]
 
 
-def gather(x: Array, count: int, indices: Array, grid: BlockGrid, stack: Array) -> None:
+def gather(x: Array, count: int, indices: Array, grid: BlockGrid, affine: Affine, stack: Array) -> None:
     """Copy the block of every row of `indices` from `x` to `stack`; zero whatever has no pixel."""
     stack[...] = 0
     for row, pixels, part in _placed_blocks(count, indices, grid, x.shape):
-        stack[row][part] = x[pixels]
+        stack[row][part] = x[pixels] if affine.is_identity else activate(x[pixels], affine, x.dtype)
+
+
+def activate(x: Array, affine: Affine, dtype: np.dtype[Any]) -> Array:
+    """``act(x*scale + shift)`` in float32 at least, each operation rounded; then rounded to `dtype` once.
+
+    ReLU is 0 for negative numbers and leaves all others, NaN and -0.0 included.
+    """
+    y = x.astype(wide_dtype(x.dtype))
+    with np.errstate(all="ignore"):
+        if affine.scale is not None:
+            y = y * affine.scale
+        if affine.shift is not None:
+            y = y + affine.shift
+        if affine.relu:
+            y = np.where(y < 0, y.dtype.type(0), y)
+        return y.astype(dtype)
+
+
+def activate_blocks(
+    stack: Array, count: int, indices: Array, grid: BlockGrid, shape: tuple[int, ...], affine: Affine, out: Array
+) -> None:
+    """Activate the pixels of a stack that lie in an image of `shape` [N, H, W]; zero all others.
+
+    `out` may be `stack`.
+    """
+    inside = np.zeros((*stack.shape[:3], 1), bool)
+    for row, _, part in _placed_blocks(count, indices, grid, shape):
+        inside[row][part] = True
+    out[...] = np.where(inside, activate(stack, affine, out.dtype), out.dtype.type(0))
 
 
 def scatter(stack: Array, count: int, indices: Array, grid: BlockGrid, x: Array) -> None:

@@ -16,6 +16,10 @@ from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max
 from ._plan import LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
 from ._validate import Spec, spec_of
 
+#: Images that an int32 index can name.
+MOST_IMAGES = 2**31
+
+
 def gather(
     x: Any,
     image: Spec,
@@ -118,7 +122,7 @@ def _argument(
             index_strides[0] // 4,
             index_strides[1] // 4,
             stack.shape[0],
-            min(x.shape[0], 2**31),  # no index names more
+            min(x.shape[0], MOST_IMAGES),
             plan.channels,
             *division(plan.channels),
             plan.columns,

@@ -43,6 +43,8 @@ def all_instances() -> list[Instance]:
                 for avgpool in (False, True)
                 for pixels in _instances.mask_lanes(dtype)
             ]
+        found += _instances.activate_instances(dtype)
+    found.append(_instances.activate_instance(single, half, 4, True))
     for walk in _instances.walks_for(single):
         wide = walk._replace(wide=True)
         found.append(_instances.gather_instance(wide, (46341, 46341)))

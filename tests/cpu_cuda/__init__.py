@@ -52,8 +52,8 @@ ORDERS = (
     Order("blocks-reversed", blocks_reversed=True, warps_alternate=True),
 )
 
-#: Host code that imports CuPy as a module.
-_HOST_MODULES = ("_transfer", "_pooling")
+#: Host code of the device.
+_HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas")
 
 #: Kernels that are compiled as one library, at most: enough to share the headers, few enough to share the cores.
 _GROUP = 10
@@ -76,7 +76,7 @@ def device(order: Order = ORDERS[0], kernels: Path | None = None) -> Iterator[An
         patch.setattr(_jit, "_kernels", _loaded.setdefault(folder, {}))
         modules = [importlib.import_module(f"sbnet_cupy.{name}") for name in _HOST_MODULES]
         for module in modules:
-            patch.setattr(module, "cupy", standin)
+            patch.setattr(module, "cupy", standin, raising=False)
             for name in {"_per_thread"} & vars(module).keys():  # memory of one of the two
                 patch.setattr(module, name, threading.local())
         _forget(modules)

@@ -87,6 +87,11 @@ def reserve_stacks(count: int, size: int) -> int:
     return address
 
 
+def holds(address: int, size: int) -> bool:
+    """Whether so many bytes from an address on lie in one array."""
+    return any(m.address <= address and address + size <= m.address + m.size for m in _live)
+
+
 def describe(address: int) -> str:
     """Which array an address lies in or beside."""
     nearest = min(_live, key=lambda m: abs(address - m.address - m.size // 2) - m.size // 2, default=None)

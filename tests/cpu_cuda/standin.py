@@ -17,12 +17,13 @@ from . import compiler
 from .compiler import CompileError, RawModule
 from .memory import Memory
 
-__all__ = ["RawModule", "asarray", "cuda", "empty", "ndarray"]
+__all__ = ["RawModule", "asarray", "cuda", "empty", "lib", "ndarray"]
 
 cuda = SimpleNamespace(
+    alloc=lambda size: empty(size, np.uint8).data,
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     compiler=SimpleNamespace(CompileException=CompileError),
-    get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     runtime=SimpleNamespace(getDevice=lambda: 0),
 )
 
@@ -64,7 +65,7 @@ class ndarray:
         return self.host.copy()
 
     def copy(self, order: Any = "C") -> ndarray:
-        return as_device(self.host.copy(order))
+        return as_device(self.host.copy(order), ALIGNMENT)
 
     def __getitem__(self, key: Any) -> ndarray:
         return as_device(self.host[key if isinstance(key, tuple) else (key, ...)])
@@ -91,6 +92,14 @@ def asarray(values: Any) -> ndarray:
     return values if isinstance(values, ndarray) else as_device(np.asarray(values))
 
 
+def _as_strided(array: ndarray, shape: Any, strides: Any) -> ndarray:
+    memory = array.memory
+    return ndarray(np.ndarray(shape, array.dtype, memory.bytes(), array.data.ptr - memory.address, strides))
+
+
+lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
+
+
 def _owner(array: Any) -> Any:
     while isinstance(array, np.ndarray):
         array = array.base
@@ -101,12 +110,12 @@ def _to_host(value: Any) -> Any:
     return value.host if isinstance(value, ndarray) else value
 
 
-def as_device(value: np.ndarray[Any, Any]) -> ndarray:
+def as_device(value: np.ndarray[Any, Any], alignment: int = 1) -> ndarray:
     """A view where the memory is the device's already, else a copy there, in the same memory order."""
     if isinstance(_owner(value), Memory):
         return ndarray(value)
     axes = sorted(range(value.ndim), key=lambda k: -abs(value.strides[k]))
-    copy = empty([value.shape[k] for k in axes], value.dtype, alignment=1).host.transpose(np.argsort(axes))
+    copy = empty([value.shape[k] for k in axes], value.dtype, alignment=alignment).host.transpose(np.argsort(axes))
     copy[...] = value
     return ndarray(copy)
 

@@ -1,0 +1,202 @@
+"""``conv2d`` and ``sparse_conv2d``: a convolution of whole images, and of their active blocks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ._affine import IDENTITY, Affine, check_channels, check_floating, parse_activation
+from ._conv_geometry import (
+    BlockParams,
+    Layer,
+    Padding,
+    block_params,
+    make_layer,
+    parse_padding,
+    parse_size,
+    parse_strides,
+)
+from ._reduce_mask import BlockIndices
+from ._stack import Arithmetic, BlockStacks, convolve_image
+from ._stack_conv import use_tf32
+from ._validate import (
+    Spec,
+    array_namespace,
+    check_image,
+    check_indices,
+    check_like,
+    check_place,
+    current_device,
+    spec_of,
+)
+
+
+def conv2d(
+    x: Any,
+    w: Any,
+    strides: Any = 1,
+    padding: Padding = "SAME",
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    allow_tf32: bool | None = None,
+) -> Any:
+    """Convolve whole images: the reference of :func:`sparse_conv2d`, and its baseline.
+
+    As usual in neural networks it is a cross-correlation:
+    ``y[n, i, j, k] = act(sum(x[n, i*sh + a - top, j*sw + b - left, c] * w[a, b, c, k]) + bias[k])``, over all a, b and
+    c, with 0 for pixels outside of the image.
+
+    Parameters
+    ----------
+    x : ndarray, shape (N, H, W, C)
+        Images of float16, bfloat16, float32 or float64, in any strides.
+    w : ndarray, shape (kh, kw, C, K)
+        Weights of the dtype of `x`.
+    strides : int, (int, int), or [1, height, width, 1]
+        Distance between output pixels, in input pixels.
+    padding : 'SAME', 'VALID' or ((top, bottom), (left, right))
+        As in :func:`calc_block_params`.
+    bias : ndarray, shape (K,), optional
+        Summand for each output channel: float32, or float64 for an `x` of float64.
+    activation : None or 'relu'
+        ``'relu'`` makes negative numbers 0 and leaves NaN.
+    allow_tf32 : bool, optional
+        Let a device round float32 factors to TF32 (10 bits) before it multiplies them. The default asks the environment
+        variable CUPY_TF32, as CuPy does: without it, float32 is IEEE float32.
+
+    Returns
+    -------
+    ndarray, shape (N, H_out, W_out, K)
+        A new array of the dtype of `x`.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different kinds, or an unsupported or wrong dtype.
+    ValueError
+        A wrong rank or shape, an array on another device than the current one, or a bad stride, padding or activation.
+
+    Notes
+    -----
+    Sums are float32 (float64 for float64), in no specified order: they differ from the exact ones by at most
+    ``n*u/(1 - n*u)`` times the sum of the absolute products, for ``n = kh*kw*C`` and unit roundoff u (N. Higham,
+    Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). Half types are rounded to their dtype
+    at the end, and with CuPy perhaps also before `bias`.
+
+    With CuPy arrays, work runs on the current stream, without synchronisation. It allocates the result, the padded
+    images, the result for the padded images (in float32 for half types), with strides other than 1 the pixels of the
+    padded images once more, and scratch memory of the library that multiplies. cuBLAS promises the same bits in every
+    run on the same GPU with the same version.
+    """
+    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {})
+    return convolve_image(x, w, layer, affine, Arithmetic(xp, use_tf32(allow_tf32)))
+
+
+def sparse_conv2d(
+    x: Any,
+    w: Any,
+    indices: BlockIndices,
+    params: BlockParams,
+    *,
+    strides: Any = 1,
+    padding: Padding = "SAME",
+    base: Any = None,
+    bias: Any = None,
+    activation: str | None = None,
+    allow_tf32: bool | None = None,
+) -> Any:
+    """Convolve the active blocks of images: there equal to :func:`conv2d`, and to `base` elsewhere.
+
+    Parameters
+    ----------
+    x, w, strides, padding, bias, activation, allow_tf32
+        As in :func:`conv2d`.
+    indices : BlockIndices
+        Active blocks, from :func:`block_indices` with the same `params`.
+    params : BlockParams
+        What :func:`calc_block_params` returns for ``x.shape``, the shape of `w`, `strides` and `padding`, with any
+        block size.
+    base : ndarray, shape (N, H_out, W_out, K), optional
+        Values outside of the active tiles, of the dtype of `x`; 0 where it is None.
+
+    Returns
+    -------
+    ndarray, shape (N, H_out, W_out, K)
+        A new array of the dtype of `x`; `base` is not changed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`conv2d`; and where `indices`, `params` or `base` do not fit.
+
+    Notes
+    -----
+    Borders are as in :func:`conv2d`: pixels outside of the image are 0. Rounding and reproducibility are those of
+    :func:`conv2d`; where NumPy and the libraries sum in another order for a stack than for an image, results differ by
+    rounding.
+
+    With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
+    after a first call. It allocates the result, the stack of gathered blocks, that of the results (in float32 for
+    half types of kernels larger than 1x1), and with `bias`, `activation` or such half types one of the results in the
+    dtype of `x`; with strides other than 1 the gathered pixels once more; and scratch memory of the
+    library that multiplies. All but the result goes back to CuPy's pool on return.
+    """
+    check_blocks(indices, params)
+    others = {**indices._asdict(), **({} if base is None else {"base": base})}
+    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, others)
+    check_params(params, (layer,))
+    check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
+    shape = (x.shape[0], *layer.out_size, w.shape[3])
+    if base is not None:
+        check_like("base", spec_of(base), x.dtype, shape, "N, H_out, W_out, K")
+        check_place("base", spec_of(base), current_device(xp))
+    stacks = BlockStacks(indices, (layer,), params, x.shape[0], Arithmetic(xp, use_tf32(allow_tf32)))
+    stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
+    return stacks.scatter(stack, xp.zeros(shape, x.dtype) if base is None else base.copy(), add=False)
+
+
+def check_blocks(indices: Any, params: Any) -> None:
+    """Raise unless these are what ``block_indices`` and ``calc_block_params`` return."""
+    if not isinstance(indices, BlockIndices):
+        raise TypeError(f"indices: expected BlockIndices, as block_indices returns, got {type(indices).__name__}")
+    if not isinstance(params, BlockParams):
+        raise TypeError(f"params: expected BlockParams, got {type(params).__name__}")
+
+
+@functools.lru_cache(maxsize=1024)
+def check_params(params: BlockParams, layers: tuple[Layer, ...]) -> None:
+    """Raise unless these are the blocks of a chain of convolutions."""
+    try:
+        expected = block_params(layers, parse_size("bsize", params.bsize))
+    except ValueError as error:
+        raise ValueError(f"params: {error}") from None
+    if params != expected:
+        raise ValueError(f"params: expected {expected} for this image, kernel, stride and padding, got {params}")
+
+
+def _parse(
+    x: Any, w: Any, strides: Any, padding: Any, bias: Any, activation: Any, others: dict[str, Any]
+) -> tuple[Any, Layer, Affine]:
+    """The namespace, the geometry and what follows the convolution, of arguments that fit together."""
+    affine = Affine(None, bias, parse_activation(activation))
+    named = {"x": x, "w": w, **others, **({} if bias is None else {"bias": bias})}
+    xp = array_namespace(**named)
+    device = current_device(xp)
+    check_weights(spec_of(x), spec_of(w), None if bias is None else spec_of(bias), device)
+    layer = make_layer(x.shape[1:3], w.shape[:2], parse_strides(strides), parse_padding(padding))
+    return xp, layer, affine
+
+
+@functools.lru_cache(maxsize=1024)
+def check_weights(x: Spec, w: Spec, bias: Spec | None, device: int) -> None:
+    """Raise unless images, weights and bias fit together."""
+    check_image("x", x)
+    check_floating("x", x)
+    if len(w.shape) != 4 or min(w.shape[:2]) < 1 or w.shape[2] != x.shape[3]:
+        raise ValueError(f"w: expected shape (kh, kw, {x.shape[3]}, K) for an x of shape {x.shape}, got {w.shape}")
+    if w.dtype != x.dtype:
+        raise TypeError(f"w: expected dtype {x.dtype} like x, got {w.dtype}")
+    check_channels("bias", bias, x.dtype, w.shape[3], device)
+    for name, spec in (("x", x), ("w", w)):
+        check_place(name, spec, device)
