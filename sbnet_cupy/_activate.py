@@ -14,7 +14,7 @@ from ._instances import Instance, activate_instance, activate_lanes
 from ._transfer import MOST_IMAGES, pack_axis
 from ._validate import Spec, spec_of
 
-#: Threads of a CTA and pixels that a thread loads at once, as in kernels/transfer.cuh.
+#: Threads of a CTA, as in kernels/transfer.cuh, and pixels that a thread loads at once, as in kernels/activate.cu.
 _THREADS = 256
 _UNROLL = 4
 
