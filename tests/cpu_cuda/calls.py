@@ -310,6 +310,22 @@ def large_calls() -> list[Call]:
     return calls
 
 
+def _host(**numbers: int) -> Patches:
+    return tuple((f"sbnet_cupy._pooling.{name}", number) for name, number in numbers.items())
+
+
+#: Bounds of the host code that make few words take the ways of many.
+COMPACTIONS = {
+    "one-tile": _host(_FUSED_CTAS=0, _FEW_TILE=1000),
+    "few-words": _host(_FUSED_CTAS=0),
+    "more-words": _host(_FUSED_CTAS=0, _FEW_WORDS=0),
+    "counted": _host(_FUSED_CTAS=0, _MANY_WORDS=0),
+    "counted-tiles": _host(_FUSED_CTAS=0, _MANY_WORDS=0, _MOST_TILES=3),
+    "apart": _host(_FUSED_CTAS=0, _MANY_WORDS=0, _SMALL_SCRATCH=0),
+    "fused": _host(_FUSED_CTAS=10**6),
+}
+
+
 def mask_calls() -> list[Call]:
     """Every kind of pooling on every dtype, wide strips, and compaction in one tile and in several."""
     calls = []
@@ -339,10 +355,11 @@ def mask_calls() -> list[Call]:
         for avgpool in (False, True):
             calls.append(mask_call(random_mask(2, uint8, avgpool, **shape), f"{name}-{'avg' if avgpool else 'max'}"))
     pixels: dict[str, Any] = {"bsize": (1, 1), "bstride": (1, 1), "size": (48, 100), "density": 0.3}
-    # Several tiles of one piece, one tile, and one of two pieces.
-    for tile, bcount in ((304, (50, 31)), (8192, (50, 31)), (16384, (50, 83))):
-        patches = (("sbnet_cupy._pooling._PIECE", tile),)
+    # One tile for all words; a few; and some that a kernel of its own counts.
+    for name, patches in COMPACTIONS.items():
         for capacity in (None, 0, 100, 12000):
-            case = random_mask(3, uint8, False, **pixels, bcount=bcount, capacity=capacity)
-            calls.append(mask_call(case, f"tiles-of-{tile}-capacity-{capacity}", patches))
+            case = random_mask(3, uint8, False, **pixels, bcount=(50, 83), capacity=capacity)
+            calls.append(mask_call(case, f"compact-{name}-capacity-{capacity}", patches))
+    for seed in range(4):  # words of a few blocks, all of them listed by the last CTA to finish
+        calls.append(mask_call(random_mask(seed, uint8, False, bcount=(6, 100), bstride=(3, 3)), f"fused-{seed}"))
     return calls
