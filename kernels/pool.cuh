@@ -36,20 +36,21 @@ __device__ inline bool is_above(__nv_bfloat16 pixel, const Threshold& t) {
 // piece is as wide as blockDim.x allows; blockDim.x is a multiple of kWarp.
 constexpr int kPoolThreads = 256;
 
+// CTAs of that many threads that must fit on a multiprocessor, which bounds registers to 80: without a bound, sums take
+// up to 120, and fewer bytes would be in flight.
+constexpr int kPoolCtas = 3;
+
 // A pool is what a thread knows of some pixels. It takes each pixel with a flag that says whether it counts, rather
 // than only those that do: a load whose use depends on a branch is put off until that branch, and then waited for.
 // A pixel that does not count is one of the same block, read again.
 //
 // Pool::Columns<kLanes> is the shared memory of a CTA: `put` stores what each thread knows of its columns, and after a
 // barrier `collect` adds to `mine`, the pool of the block that a thread owns, the block's columns of this piece:
-// [begin, end) as span(block, begin, end) tells, none where end <= begin. Block k of `count` is owned by thread k.
+// [begin, end) as piece.span(block, begin, end) tells, none where end <= begin. Block k of `count` is owned by thread k.
 
 // Is any pixel above tol?
 template <typename T>
 struct MaxPool {
-    // CTAs that must fit on a multiprocessor: with more registers for each thread, fewer bytes would be in flight.
-    static constexpr int kCtas = 4;
-
     bool any;
 
     __device__ static MaxPool none() { return {false}; }
@@ -75,13 +76,13 @@ struct MaxPool {
             if (thread % kSharers == 0) words[thread / kSharers] = bits;
         }
 
-        template <typename Span>
-        __device__ void collect(int count, Span span, MaxPool& mine) {
+        template <typename Piece>
+        __device__ void collect(int count, const Piece& piece, MaxPool& mine) {
             const int thread = threadIdx.y * blockDim.x + threadIdx.x;
             if (thread >= count) return;
             const int pitch = blockDim.x * kLanes / kWarp;
             int begin, end;
-            span(thread, begin, end);
+            piece.span(thread, begin, end);
             unsigned int found = 0;
             for (int word = begin / kWarp; word * kWarp < end; ++word) {
                 const int first = begin - word * kWarp, last = end - word * kWarp;
@@ -173,8 +174,6 @@ struct SumOf<double> {
 // Is the average over the whole block's area above tol?
 template <typename T>
 struct AveragePool {
-    static constexpr int kCtas = 3;  // sums take two or four registers for each column
-
     using Sum = typename SumOf<T>::type;
     Sum sum;
 
@@ -194,13 +193,13 @@ struct AveragePool {
         }
 
         // Each warp sums the columns of one block after the other.
-        template <typename Span>
-        __device__ void collect(int count, Span span, AveragePool& mine) {
+        template <typename Piece>
+        __device__ void collect(int count, const Piece& piece, AveragePool& mine) {
             const int thread = threadIdx.y * blockDim.x + threadIdx.x;
             const int pitch = blockDim.x * kLanes;
             for (int k = thread / kWarp; k < count; k += blockDim.x * blockDim.y / kWarp) {
                 int begin, end;
-                span(k, begin, end);
+                piece.span(k, begin, end);
                 Sum block{};
                 for (int row = 0; row < static_cast<int>(blockDim.y); ++row) {
                     for (int i = begin + thread % kWarp; i < end; i += kWarp) {

@@ -74,46 +74,76 @@ __device__ inline void pixels_of(const BlockAxis& axis, unsigned int block, int6
 
 // The neighbouring blocks of one grid row that a CTA pools.
 struct Strip {
-    unsigned int first;   // block
-    int count;            // blocks
-    int64 left, right;    // columns, from the first to the last block that lies in the image; none if left == right
-    int64 origin;         // column at which the first of them begins, if need be outside of the image
-    unsigned int period;  // of blocks with gaps between them; 0 if there are none
+    unsigned int first;     // block
+    int count;              // blocks
+    int skipped, inside;    // blocks left of the image, and those after them that have pixels in it
+    int64 origin;           // column at which the first of these begins, if need be left of the image
+    int64 left, right;      // in-image columns from the first to the last of them
 };
 
 __device__ inline Strip strip_at(const Reduction& r, unsigned int number) {
-    const unsigned int blocks = static_cast<unsigned int>(r.strip), left_over = static_cast<unsigned int>(r.blocks_w);
-    Strip s{number * blocks, 0, 0, 0, 0, 0};
-    s.count = static_cast<int>(left_over - s.first < blocks ? left_over - s.first : blocks);
+    const unsigned int blocks = static_cast<unsigned int>(r.strip), blocks_w = static_cast<unsigned int>(r.blocks_w);
+    Strip s{number * blocks, 0, 0, 0, 0, 0, 0};
+    s.count = static_cast<int>(blocks_w - s.first < blocks ? blocks_w - s.first : blocks);
     const unsigned int end = s.first + s.count;
     const unsigned int first_inside = s.first > r.width.first_block() ? s.first : r.width.first_block();
     const unsigned int end_inside = end < r.width.end_block() ? end : r.width.end_block();
     if (first_inside >= end_inside) return s;
+    s.skipped = static_cast<int>(first_inside - s.first);
+    s.inside = static_cast<int>(end_inside - first_inside);
     s.origin = r.width.origin_of(first_inside);
     s.left = s.origin < 0 ? 0 : s.origin;
-    const int64 right = r.width.origin_of(end_inside - 1) + r.width.size;
+    const int64 right = s.origin + (s.inside - 1) * r.width.stride + r.width.size;
     s.right = right < r.width.extent ? right : r.width.extent;
-    // A strip of several blocks is no wider than the columns of a CTA, so numbers of 32 bits will do within it.
-    if (blocks > 1 && r.width.stride > r.width.size) s.period = static_cast<unsigned int>(r.width.stride);
     return s;
 }
 
-// Does one of the kLanes columns from `x` on belong to a block? `x` is less than kLanes left of the strip, or in it.
-template <int kLanes>
-__device__ inline bool is_covered(const Reduction& r, const Strip& s, int64 x) {
-    if (x >= s.right) return false;
-    if (s.period == 0 || x < s.origin) return true;
-    const unsigned int phase = static_cast<unsigned int>(x - s.origin) % s.period;
-    return phase < r.width.size || phase + kLanes > s.period;
-}
+// `width` columns of a strip from column `first` on. A strip of several blocks is a single piece, within which numbers of
+// 32 bits will do.
+struct Piece {
+    int width;
+    int used;          // columns, before the strip ends
+    int begin, end;    // of the first block in the image, as far as they are not far away
+    int skipped, inside, stride, size;
 
-// Adds rows [top, bottom) of kLanes columns to their pools: the first, and then each blockDim.y further down. `offset` is
+    __device__ Piece(const Reduction& r, const Strip& s, int64 first, int piece_width)
+        : width(piece_width), skipped(s.skipped), inside(s.inside) {
+        constexpr int64 kFar = 1 << 30;
+        used = static_cast<int>(s.right - first < width ? s.right - first : width);
+        begin = static_cast<int>(s.origin - first > -kFar ? s.origin - first : -kFar);
+        end = static_cast<int>(s.origin + r.width.size - first < kFar ? s.origin + r.width.size - first : kFar);
+        stride = static_cast<int>(r.width.stride);
+        size = static_cast<int>(r.width.size);
+    }
+
+    // Does one of the kLanes columns from `x` on belong to a block?
+    template <int kLanes>
+    __device__ bool is_covered(int x) const {
+        if (x >= used) return false;
+        if (inside == 1 || stride <= size || x < begin) return true;
+        const int phase = static_cast<unsigned int>(x - begin) % static_cast<unsigned int>(stride);
+        return phase < size || phase + kLanes > stride;
+    }
+
+    // Columns [first, last) of a block of the strip; none where last <= first.
+    __device__ void span(int block, int& first, int& last) const {
+        const unsigned int k = block - skipped;
+        first = last = 0;
+        if (k >= static_cast<unsigned int>(inside)) return;
+        first = begin + static_cast<int>(k) * stride;
+        last = end + static_cast<int>(k) * stride;
+        first = first > 0 ? first : 0;
+        last = last < width ? last : width;
+    }
+};
+
+// Adds `height` rows of kLanes columns to their pools: the first, and then each blockDim.y further down. `offset` is
 // that of the first.
 template <typename T, int kLanes, typename Pool>
-__device__ inline void pool_rows(const Reduction& r, int64 offset, int64 top, int64 bottom, Pool (&column)[kLanes]) {
+__device__ inline void pool_rows(const Reduction& r, int64 offset, int64 height, Pool (&column)[kLanes]) {
     const int distance = blockDim.y;
     const int64 step = distance * r.mask_strides[1];
-    for (int64 rest = bottom - top; rest > 0; rest -= kPoolRows * distance) {
+    for (int64 rest = height; rest > 0; rest -= kPoolRows * distance) {
         const int rows = static_cast<int>(rest < kPoolRows * distance ? rest : kPoolRows * distance);
         Vec<T, kLanes> pixels[kPoolRows];
 #pragma unroll
@@ -138,28 +168,22 @@ template <typename T, typename Pool, int kLanes>
 __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 image, int64 top, int64 bottom) {
     __shared__ typename Pool::template Columns<kLanes> shared;
     const int piece_width = blockDim.x * kLanes;
-    const int64 begin_aligned = s.left - s.left % kLanes;
+    const int64 begin = s.left - (s.left & (kLanes - 1));
+    const int x = threadIdx.x * kLanes, y = threadIdx.y;
     Pool mine = Pool::none();
-    for (int64 piece = begin_aligned; piece < s.right; piece += piece_width) {
-        if (piece != begin_aligned) __syncthreads();  // the last piece may still be read
-        const int64 x = piece + static_cast<int>(threadIdx.x) * kLanes;
+    for (int64 first = begin; first < s.right; first += piece_width) {
+        if (first != begin) __syncthreads();  // the last piece may still be read
+        const Piece piece(r, s, first, piece_width);
         Pool column[kLanes];
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) column[i] = Pool::none();
-        if (is_covered<kLanes>(r, s, x)) {
-            const int64 offset = image * r.mask_strides[0] + x * r.mask_strides[2];
-            const int64 y = top + static_cast<int>(threadIdx.y);
-            pool_rows<T>(r, offset + y * r.mask_strides[1], y, bottom, column);
+        if (piece.is_covered<kLanes>(x)) {
+            const int64 corner = image * r.mask_strides[0] + top * r.mask_strides[1] + first * r.mask_strides[2];
+            pool_rows<T>(r, corner + y * r.mask_strides[1] + x * r.mask_strides[2], bottom - top - y, column);
         }
         shared.put(column);
         __syncthreads();
-        const auto span = [&](int block, int& begin, int& end) {
-            int64 first, last;
-            pixels_of(r.width, s.first + block, first, last);
-            begin = static_cast<int>(first > piece ? first - piece : 0);
-            end = static_cast<int>(last - piece < piece_width ? last - piece : piece_width);
-        };
-        shared.collect(s.count, span, mine);
+        shared.collect(s.count, piece, mine);
     }
     return mine;
 }
@@ -218,7 +242,7 @@ __device__ inline bool arrives_last(unsigned int* arrivals) {
 // the active blocks, and no other kernel need be launched.
 // Registers: at most 80.
 template <typename T, template <typename> class PoolOf, int kLanes>
-__global__ void __launch_bounds__(kPoolThreads, PoolOf<T>::kCtas) block_activity(const Reduction r) {
+__global__ void __launch_bounds__(kPoolThreads, kPoolCtas) block_activity(const Reduction r) {
     const unsigned int grid_row = r.strips.quotient(blockIdx.x);
     const unsigned int image = r.blocks_h.quotient(grid_row);
     const unsigned int number = blockIdx.x - grid_row * static_cast<unsigned int>(r.strips.value);

@@ -24,12 +24,13 @@ _COMPACT_THREADS = 256
 _WARP = 32
 _ROWS = 6
 
-#: CTAs that pooling should have at least: 2 for each multiprocessor of an H200. With fewer, strips are made narrower.
-_ENOUGH_CTAS = 264
+#: CTAs that pooling should have at least, or strips are made narrower: one for every second multiprocessor of an H200.
+#: More would read a small mask no faster, and leave more words to compact.
+_ENOUGH_CTAS = 66
 
-#: Where the host waits for the count and CTAs are at most so many, the last CTA compacts: the host saves a launch, but
-#: one CTA lists all blocks, which takes some microseconds for each thousand words.
-_FUSED_CTAS = 264
+#: Where the host waits for the count and words are at most so many, the last CTA compacts: the host saves a launch, but
+#: one CTA lists all blocks, which takes about a microsecond for each hundred words.
+_FUSED_WORDS = 256
 
 #: Words that a CTA compacts: one for each warp where words are few, so that all are listed at once, else more, so that
 #: CTAs that count all words for themselves are not many. Beyond so many words a kernel of its own counts them.
@@ -179,7 +180,7 @@ def _prepare(
         grid=(ctas,),
         block=(strips.columns, strips.row_threads),
         argument=_jit.Template(fields),
-        fused=capacity is None and ctas <= _FUSED_CTAS,
+        fused=capacity is None and words <= _FUSED_WORDS,
         tiles=(tiles,),
         **_memory(words, tiles, rows),
     )

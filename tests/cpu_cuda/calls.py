@@ -316,13 +316,13 @@ def _host(**numbers: int) -> Patches:
 
 #: Bounds of the host code that make few words take the ways of many.
 COMPACTIONS = {
-    "one-tile": _host(_FUSED_CTAS=0, _FEW_TILE=1000),
-    "few-words": _host(_FUSED_CTAS=0),
-    "more-words": _host(_FUSED_CTAS=0, _FEW_WORDS=0),
-    "counted": _host(_FUSED_CTAS=0, _MANY_WORDS=0),
-    "counted-tiles": _host(_FUSED_CTAS=0, _MANY_WORDS=0, _MOST_TILES=3),
-    "apart": _host(_FUSED_CTAS=0, _MANY_WORDS=0, _SMALL_SCRATCH=0),
-    "fused": _host(_FUSED_CTAS=10**6),
+    "one-tile": _host(_FUSED_WORDS=0, _FEW_TILE=1000),
+    "few-words": _host(_FUSED_WORDS=0),
+    "more-words": _host(_FUSED_WORDS=0, _FEW_WORDS=0),
+    "counted": _host(_FUSED_WORDS=0, _MANY_WORDS=0),
+    "counted-tiles": _host(_FUSED_WORDS=0, _MANY_WORDS=0, _MOST_TILES=3),
+    "apart": _host(_FUSED_WORDS=0, _MANY_WORDS=0, _SMALL_SCRATCH=0),
+    "fused": _host(_FUSED_WORDS=10**6),
 }
 
 
