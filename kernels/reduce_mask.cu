@@ -125,13 +125,11 @@ struct Piece {
         return phase < size || phase + kLanes > stride;
     }
 
-    // Columns [first, last) of a block of the strip; none where last <= first.
+    // Columns [first, last) of a block of the strip; none where last <= first. No pixel is in those beyond the image.
     __device__ void span(int block, int& first, int& last) const {
-        const unsigned int k = block - skipped;
-        first = last = 0;
-        if (k >= static_cast<unsigned int>(inside)) return;
-        first = begin + static_cast<int>(k) * stride;
-        last = end + static_cast<int>(k) * stride;
+        const int k = block - skipped;
+        first = begin + k * stride;
+        last = end + k * stride;
         first = first > 0 ? first : 0;
         last = last < width ? last : width;
     }

@@ -265,6 +265,8 @@ def _block_axis(axis: Axis, blocks: int) -> tuple[int, ...]:
     """struct BlockAxis of kernels/reduce_mask.cu."""
     first = min(max(axis.first, 0), blocks)
     end = min(max(axis.first + axis.count, first), blocks)
+    if first == end:
+        return 0, 0, 0, 0, 0, 0
     return first, end, axis.start + (first - axis.first) * axis.stride, axis.stride, axis.size, axis.extent
 
 
