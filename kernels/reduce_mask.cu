@@ -1,13 +1,14 @@
-// reduce_mask: block_activity pools every block of the grid into one bit, compact_active turns the bits into the ascending
-// list of active blocks, and where they are very many, count_active counts them first. The block size is a run-time number
-// here: it bounds loops that the image's borders cut short anyway, so knowing it would not change the code.
+// reduce_mask: block_activity pools every block of the grid into one bit, compact_active turns the bits into the
+// ascending list of active blocks, and where they are very many, count_active counts them first. The block size is a
+// run-time number here: it bounds loops that the image's borders cut short anyway, so knowing it would not change the
+// code.
 #include "pool.cuh"
 #include "transfer.cuh"
 
 namespace sbnet {
 
-// Rows that a thread has in flight at once. The host gives a column so many threads that this takes in the whole of a usual
-// block: 18 rows are 3 threads with 6 loads each.
+// Rows that a thread has in flight at once. The host gives a column so many threads that this takes in the whole of a
+// usual block: 18 rows are 3 threads with 6 loads each.
 constexpr int kPoolRows = 6;
 
 constexpr int kCompactThreads = 256;
@@ -36,8 +37,8 @@ struct BlockAxis {
 
 // Argument of all kernels. Mirrored, field by field, by _pooling.py.
 //
-// The bits of a grid row are its words, each of `word_blocks` blocks from the lowest bit on, the last of a row perhaps of
-// fewer. Blocks, and so words and grid rows of all images, are fewer than 2^31.
+// The bits of a grid row are its words, each of `word_blocks` blocks from the lowest bit on, the last of a row perhaps
+// of fewer. Blocks, and so words and grid rows of all images, are fewer than 2^31.
 struct Reduction {
     const void* mask;        // [batch, height.extent, width.extent], strides in pixels
     unsigned int* words;     // [batch, blocks_h, row_words]: 1 for an active block
@@ -45,19 +46,19 @@ struct Reduction {
     int* indices;            // [capacity, 3]
     int* bin_counts;         // [1]
     int* host_count;         // the same in the host's memory, or null
-    unsigned int* arrivals;  // CTAs of block_activity that are done, where the last one compacts: 0 between calls. Or null.
+    unsigned int* arrivals;  // CTAs of block_activity that are done, 0 between calls; null if compact_active follows
     int64 mask_strides[3];
     BlockAxis height, width;
     Threshold threshold;
     Divisor blocks_h;  // of the grid
     int64 blocks_w;
-    Divisor strips;      // CTAs that share a grid row
-    int64 strip;         // blocks that a CTA pools, at most one for each of its threads
-    Divisor row_words;   // words of a grid row
-    int64 strip_words;   // words of a strip
-    int64 word_blocks;   // blocks of a word: a strip, or kWarp where strips have several words
-    int64 words_end;     // words of all grid rows
-    int64 tile;          // words that one CTA compacts
+    Divisor strips;     // CTAs that share a grid row
+    int64 strip;        // blocks that a CTA pools, at most one for each of its threads
+    Divisor row_words;  // words of a grid row
+    int64 strip_words;  // words of a strip
+    int64 word_blocks;  // blocks of a word: a strip, or kWarp where strips have several words
+    int64 words_end;    // words of all grid rows
+    int64 tile;         // words that one CTA compacts
     int64 tiles;
     int64 capacity;  // rows of indices
     int64 pad;       // not 0: rows from the count on become (-1, -1, -1)
@@ -74,11 +75,11 @@ __device__ inline void pixels_of(const BlockAxis& axis, unsigned int block, int6
 
 // The neighbouring blocks of one grid row that a CTA pools.
 struct Strip {
-    unsigned int first;     // block
-    int count;              // blocks
-    int skipped, inside;    // blocks left of the image, and those after them that have pixels in it
-    int64 origin;           // column at which the first of these begins, if need be left of the image
-    int64 left, right;      // in-image columns from the first to the last of them
+    unsigned int first;   // block
+    int count;            // blocks
+    int skipped, inside;  // blocks left of the image, and those after them that have pixels in it
+    int64 origin;         // column at which the first of these begins, if need be left of the image
+    int64 left, right;    // in-image columns from the first to the last of them
 };
 
 __device__ inline Strip strip_at(const Reduction& r, unsigned int number) {
@@ -98,12 +99,12 @@ __device__ inline Strip strip_at(const Reduction& r, unsigned int number) {
     return s;
 }
 
-// `width` columns of a strip from column `first` on. A strip of several blocks is a single piece, within which numbers of
-// 32 bits will do.
+// `width` columns of a strip from column `first` on. A strip of several blocks is a single piece, within which numbers
+// of 32 bits will do.
 struct Piece {
     int width;
-    int used;          // columns, before the strip ends
-    int begin, end;    // of the first block in the image, as far as they are not far away
+    int used;        // columns, before the strip ends
+    int begin, end;  // of the first block in the image, as far as they are not far away
     int skipped, inside, stride, size;
 
     __device__ Piece(const Reduction& r, const Strip& s, int64 first, int piece_width)
@@ -141,6 +142,7 @@ template <typename T, int kLanes, typename Pool>
 __device__ inline void pool_rows(const Reduction& r, int64 offset, int64 height, Pool (&column)[kLanes]) {
     const int distance = blockDim.y;
     const int64 step = distance * r.mask_strides[1];
+#pragma unroll 1
     for (int64 rest = height; rest > 0; rest -= kPoolRows * distance) {
         const int rows = static_cast<int>(rest < kPoolRows * distance ? rest : kPoolRows * distance);
         Vec<T, kLanes> pixels[kPoolRows];
@@ -160,8 +162,9 @@ __device__ inline void pool_rows(const Reduction& r, int64 offset, int64 height,
 }
 
 // The pool of the thread's own block of a strip, over rows [top, bottom). First each thread reduces rows of kLanes
-// neighbouring columns, which reads the mask in coalesced lines, and each pixel once however much blocks overlap sideways;
-// then columns are collected into blocks. Only a block that is wider than the columns of a CTA takes more than one piece.
+// neighbouring columns, which reads the mask in coalesced lines, and each pixel once however much blocks overlap
+// sideways; then columns are collected into blocks. Only a block that is wider than the columns of a CTA takes more
+// than one piece.
 template <typename T, typename Pool, int kLanes>
 __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 image, int64 top, int64 bottom) {
     __shared__ typename Pool::template Columns<kLanes> shared;
@@ -169,6 +172,7 @@ __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 imag
     const int64 begin = s.left - (s.left & (kLanes - 1));
     const int x = threadIdx.x * kLanes, y = threadIdx.y;
     Pool mine = Pool::none();
+#pragma unroll 1
     for (int64 first = begin; first < s.right; first += piece_width) {
         if (first != begin) __syncthreads();  // the last piece may still be read
         const Piece piece(r, s, first, piece_width);
@@ -186,11 +190,13 @@ __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 imag
     return mine;
 }
 
-// Lists the active blocks of words [first, last), the first of which goes to row `next_row`; returns the row behind the last.
+// Lists the active blocks of words [first, last), the first of which goes to row `next_row`; returns the row behind the
+// last.
 __device__ inline int list_active(const Reduction& r, unsigned int first, unsigned int last, int next_row) {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     const int lane = thread % kWarp;
     const int warps = blockDim.x * blockDim.y / kWarp;
+#pragma unroll 1
     for (unsigned int chunk = first; chunk < last; chunk += kWarp) {
         // Each warp scans kWarp words, one a lane, and lists the blocks of some, one block a lane.
         const unsigned int word = chunk + lane < last ? r.words[chunk + lane] : 0;
@@ -236,9 +242,9 @@ __device__ inline bool arrives_last(unsigned int* arrivals) {
     return last;
 }
 
-// One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish lists
-// the active blocks, and no other kernel need be launched.
-// Registers: at most 80.
+// One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish
+// lists the active blocks, and no other kernel need be launched.
+// Registers: at most 128.
 template <typename T, template <typename> class PoolOf, int kLanes>
 __global__ void __launch_bounds__(kPoolThreads, kPoolCtas) block_activity(const Reduction r) {
     const unsigned int grid_row = r.strips.quotient(blockIdx.x);

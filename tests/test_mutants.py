@@ -500,7 +500,7 @@ pool-rows-left-out: pool.cuh, mask
 + row < 1; ++row) { found
 
 pool-sum-rows-left-out: pool.cuh, mask
-- row < static_cast<int>(blockDim.y); ++row) { for
+- row < static_cast<int>(blockDim.y); ++row) { #pragma unroll 1 for
 + row < 1; ++row) { for
 
 pool-pieces-not-added: pool.cuh, mask
