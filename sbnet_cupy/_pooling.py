@@ -1,4 +1,4 @@
-"""Host side of reduce_mask.cu: fills in the arguments of its kernels and launches them."""
+"""Host side of reduce_mask.cu: fills in the argument of its kernels and launches them."""
 
 from __future__ import annotations
 
@@ -12,145 +12,265 @@ import cupy
 import numpy as np
 
 from . import _jit
-from ._geometry import BlockGrid
+from ._geometry import Axis, BlockGrid
 from ._instances import COMPACT_ACTIVE, COUNT_ACTIVE, Instance, activity_instance, mask_lanes
+from ._plan import division
 from ._reference import integer_threshold
-from ._transfer import pack_axis
-from ._validate import Spec, spec_of
+from ._validate import Spec
 
-#: Threads of the kernels, and flags that a CTA compacts at once, as in kernels/reduce_mask.cu.
+#: As in the kernels: threads of a CTA, threads of a warp and so bits of a word, and rows that a thread reads at once.
 _POOL_THREADS = 256
-_COMPACT_THREADS = 1024
-_FLAGS = 8
-_PIECE = _COMPACT_THREADS * _FLAGS
+_COMPACT_THREADS = 256
+_WARP = 32
+_ROWS = 6
 
-#: CTAs that pooling should have at least: 4 for each multiprocessor of an H200. With fewer, strips are made narrower,
-#: and their rows are read by more threads at once.
-_ENOUGH_CTAS = 528
+#: CTAs that pooling should have at least, or strips are made narrower: one for every second multiprocessor of an H200.
+#: More would read a small mask no faster, and leave more words to compact.
+_ENOUGH_CTAS = 66
+
+#: Where the host waits for the count and words are at most so many, the last CTA compacts: the host saves a launch, but
+#: one CTA lists all blocks, which takes about a microsecond for each hundred words.
+_FUSED_WORDS = 256
+
+#: Words that a CTA compacts: one for each warp where words are few, so that all are listed at once, else more, so that
+#: CTAs that count all words for themselves are not many. Beyond so many words a kernel of its own counts them.
+_FEW_WORDS, _FEW_TILE, _TILE = 2048, _COMPACT_THREADS // _WARP, 32
+_MANY_WORDS, _MOST_TILES = 16384, 4096
+
+#: Scratch memory of so many bytes is allocated together with the result, and lives as long.
+_SMALL_SCRATCH = 4096
+
+_INT32 = np.dtype(np.int32)
 
 
 def reduce_mask(
-    mask: Any, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
+    mask: Any, spec: Spec, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
 ) -> tuple[Any, Any]:
-    """Device side of ``reduce_mask`` for a mask ``[N, H, W]``: (indices, bin_counts)."""
-    blocks = mask.shape[0] * bcount[0] * bcount[1]
-    indices = cupy.empty((blocks if capacity is None else capacity, 3), np.int32)
-    bin_counts = cupy.empty(1, np.int32)
-    if blocks == 0:
-        indices.fill(-1)
-        bin_counts.fill(0)
-        return indices, bin_counts
-    ready = _prepare(spec_of(mask), bcount, grid, tol, avgpool, capacity)
-    # One allocation for the flags of the blocks, and behind them the counts of the tiles.
-    scratch = cupy.empty(ready.scratch_bytes, np.uint8)
-    flags = scratch.data.ptr
-    if ready.pooling is None:
-        scratch.fill(0)
-    else:
-        _jit.launch(ready.pooling, ready.grid, ready.block, (ready.pooling_argument.at(mask.data.ptr, flags),))
-    host_count = _host_count() if capacity is None else None
-    addresses = (
-        flags,
-        flags + ready.flag_bytes,
-        indices.data.ptr,
-        bin_counts.data.ptr,
-        0 if host_count is None else host_count.__array_interface__["data"][0],
+    """Device side of ``reduce_mask``: (indices, bin_counts). `spec` is that of `mask`, with axes [N, H, W]."""
+    ready = _prepare(spec, bcount, grid, tol, avgpool, capacity)
+    if ready is None:
+        return _nothing(capacity or 0)
+    # One allocation, which takes less time than three, for the words, the count and the indices.
+    memory = cupy.cuda.alloc(ready.result_bytes)
+    scratch = cupy.cuda.alloc(ready.scratch_bytes) if ready.scratch_bytes else memory
+    bin_counts = memory + ready.count_offset
+    indices = memory + ready.indices_offset
+    waiting = _waiting() if capacity is None else None
+    argument = (
+        ready.argument.at(
+            mask.data.ptr,
+            scratch.ptr,
+            scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
+            indices.ptr,
+            bin_counts.ptr,
+            waiting.count_address if waiting else 0,
+            waiting.arrivals.ptr if waiting and ready.fused else 0,
+        ),
     )
-    argument = (ready.compaction_argument.at(*addresses),)
-    if ready.tiles > 1:
-        _jit.launch(COUNT_ACTIVE, (ready.tiles,), (_COMPACT_THREADS,), argument)
-    _jit.launch(COMPACT_ACTIVE, (ready.tiles,), (_COMPACT_THREADS,), argument)
-    if host_count is not None:
-        cupy.cuda.get_current_stream().synchronize()
-        indices = indices[: int(host_count[0])]
+    _jit.launch(ready.pooling, ready.grid, ready.block, argument)
+    if not ready.fused:
+        if ready.tile_counts_offset:
+            _jit.launch(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS,), argument)
+        _jit.launch(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS,), argument)
+    rows = capacity if waiting is None else waiting.wait()
+    return cupy.ndarray((rows, 3), _INT32, indices), cupy.ndarray((1,), _INT32, bin_counts)
+
+
+def _nothing(rows: int) -> tuple[Any, Any]:
+    """The result without an active block."""
+    indices = cupy.empty((rows, 3), _INT32)
+    bin_counts = cupy.empty(1, _INT32)
+    if rows:
+        indices.data.memset_async(0xFF, indices.nbytes)
+    bin_counts.data.memset_async(0, 4)
     return indices, bin_counts
 
 
+class _Waiting:
+    """What a thread of the host waits for a count with: all its calls, since each ends before the next begins."""
+
+    def __init__(self) -> None:
+        #: Four bytes of pinned memory, which kernels write to directly.
+        self._count: np.ndarray[Any, Any] = np.frombuffer(cupy.cuda.alloc_pinned_memory(4), _INT32, 1)
+        self.count_address: int = self._count.__array_interface__["data"][0]
+        #: Number of CTAs that are done. Zero between calls: the last CTA sees to that.
+        self.arrivals = cupy.cuda.alloc(4)
+        self.arrivals.memset_async(0, 4)
+        cupy.cuda.get_current_stream().synchronize()
+
+    def wait(self) -> int:
+        """Synchronise the current stream, and return the count."""
+        try:
+            cupy.cuda.get_current_stream().synchronize()
+        except BaseException:  # the kernel died, or runs on while the user has lost patience: leave it what it uses
+            _abandoned.append(_per_thread.__dict__.copy())
+            _per_thread.__dict__.clear()
+            raise
+        return int(self._count[0])
+
+
 _per_thread = threading.local()
+_abandoned: list[Any] = []
 
 
-def _host_count() -> np.ndarray[Any, Any]:
-    """Four bytes of pinned memory, which kernels write to directly. Each thread of the host has its own."""
-    if not hasattr(_per_thread, "count"):
-        _per_thread.count = np.frombuffer(cupy.cuda.alloc_pinned_memory(4), np.int32, 1)
-    count: np.ndarray[Any, Any] = _per_thread.count
-    return count
+def _waiting() -> _Waiting:
+    """The one of this thread of the host, on the current device."""
+    device = cupy.cuda.runtime.getDevice()
+    known: dict[Any, _Waiting] = _per_thread.__dict__
+    if device not in known:
+        known[device] = _Waiting()
+    return known[device]
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """All of the launches but the addresses. Made once for calls that look alike."""
+    """All of a call but the addresses. Made once for calls that look alike."""
 
-    pooling: Instance | None  # None: no pixel can be above the threshold
-    grid: tuple[int, int]
+    pooling: Instance
+    grid: tuple[int]
     block: tuple[int, int]
-    pooling_argument: _jit.Template
-    compaction_argument: _jit.Template
-    tiles: int
-    flag_bytes: int
-    scratch_bytes: int
+    argument: _jit.Template
+    fused: bool
+    tiles: tuple[int]
+    tile_counts_offset: int  # in scratch; 0 if they are not needed
+    scratch_bytes: int  # 0 if it lies in the result
+    count_offset: int
+    indices_offset: int
+    result_bytes: int
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
     mask: Spec, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
-) -> _Ready:
-    lanes = _choose_lanes(mask, grid)
-    columns, strip = _choose_strip(mask.shape[0] * bcount[0], bcount[1], grid, lanes)
+) -> _Ready | None:
+    """None if no block can be active."""
     threshold = _threshold(mask.dtype, grid, tol, avgpool)
+    grid_rows = mask.shape[0] * bcount[0]
+    if grid_rows * bcount[1] == 0 or threshold is None:
+        return None
+    lanes = _choose_lanes(mask)
+    strips = _choose_strips(grid_rows, bcount[1], grid, lanes)
+    words = grid_rows * strips.row_words
+    tile, tiles = _choose_tiles(words)
+    rows = grid_rows * bcount[1] if capacity is None else capacity
     height, width = grid.axes(mask.shape[1], mask.shape[2])
-    pooling_argument = _jit.Template(
-        2,
-        [
-            *(s // mask.itemsize for s in mask.strides),
-            *grid.bsize,
-            *bcount,
-            strip,
-            *pack_axis(height),
-            *pack_axis(width),
-            *(threshold or ()),
-        ],
-    )
-    blocks = mask.shape[0] * bcount[0] * bcount[1]
-    tile = _PIECE
-    while math.ceil(blocks / tile) > _COMPACT_THREADS:
-        tile *= 2
-    tiles = math.ceil(blocks / tile)
-    flag_bytes = math.ceil(blocks / _FLAGS) * _FLAGS
-    rows = blocks if capacity is None else capacity
+    fields = [
+        *(s // mask.itemsize for s in mask.strides),
+        *_block_axis(height, bcount[0]),
+        *_block_axis(width, bcount[1]),
+        *threshold,
+        *_divisor(bcount[0]),
+        bcount[1],
+        *_divisor(strips.count),
+        strips.blocks,
+        *_divisor(strips.row_words),
+        strips.words,
+        strips.word_blocks,
+        words,
+        tile,
+        tiles,
+        rows,
+        int(capacity is not None),
+    ]
+    ctas = grid_rows * strips.count
     return _Ready(
-        pooling=activity_instance(mask.dtype, avgpool, lanes) if threshold is not None else None,
-        grid=(mask.shape[0] * bcount[0] * math.ceil(bcount[1] / strip), 1),
-        block=(columns, _POOL_THREADS // columns),
-        pooling_argument=pooling_argument,
-        compaction_argument=_jit.Template(5, [blocks, *bcount, tile, tiles, rows, int(capacity is not None)]),
-        tiles=tiles,
-        flag_bytes=flag_bytes,
-        scratch_bytes=flag_bytes + 4 * tiles,
+        pooling=activity_instance(mask.dtype, avgpool, lanes),
+        grid=(ctas,),
+        block=(strips.columns, strips.row_threads),
+        argument=_jit.Template(7, fields),
+        fused=capacity is None and words <= _FUSED_WORDS,
+        tiles=(tiles,),
+        **_memory(words, tiles, rows),
     )
 
 
-def _choose_lanes(mask: Spec, grid: BlockGrid) -> int:
-    """How many pixels a thread reads at once: as many as aligned rows allow, where blocks leave no gaps."""
+def _memory(words: int, tiles: int, rows: int) -> dict[str, int]:
+    """Where words, counts and indices lie."""
+    counted = words > _MANY_WORDS
+    scratch = 4 * (words + tiles * counted)
+    apart = scratch > max(_SMALL_SCRATCH, 12 * rows)  # else a few rows would keep much memory from others
+    count_offset = 0 if apart else scratch
+    indices_offset = math.ceil((count_offset + 4) / 16) * 16
+    return {
+        "tile_counts_offset": 4 * words * counted,
+        "scratch_bytes": scratch * apart,
+        "count_offset": count_offset,
+        "indices_offset": indices_offset,
+        "result_bytes": indices_offset + 12 * rows,
+    }
+
+
+def _choose_tiles(words: int) -> tuple[int, int]:
+    """Words of a tile, and tiles."""
+    tile = _FEW_TILE if words <= _FEW_WORDS else _TILE
+    while words > _MANY_WORDS and math.ceil(words / tile) > _MOST_TILES:
+        tile *= 2
+    return tile, math.ceil(words / tile)
+
+
+def _choose_lanes(mask: Spec) -> int:
+    """How many pixels a thread reads at once: as many as aligned rows allow."""
     lanes, *_ = mask_lanes(mask.dtype)
     size = lanes * mask.itemsize
     dense = mask.shape[2] % lanes == 0 and mask.strides[2] == mask.itemsize
     outer = zip(mask.strides[:2], mask.shape[:2])
     aligned = mask.misalignment % size == 0 and all(n == 1 or s % size == 0 for s, n in outer)
-    return lanes if dense and aligned and grid.bstride[1] <= grid.bsize[1] else 1
+    return lanes if dense and aligned else 1
 
 
-def _choose_strip(grid_rows: int, blocks: int, grid: BlockGrid, lanes: int) -> tuple[int, int]:
-    """Threads that share a pixel row, and blocks that a CTA pools."""
-    columns = _POOL_THREADS
-    while True:
-        # As many blocks as one pass of the threads takes in, and as evenly as the strips of a grid row can be.
-        strip = (columns * lanes - grid.bsize[1] - lanes + 1) // grid.bstride[1] + 1
-        strip = max(1, min(strip, _POOL_THREADS, blocks))
-        strips = math.ceil(blocks / strip)
-        if columns == 32 or grid_rows * strips >= _ENOUGH_CTAS:
-            return columns, math.ceil(blocks / strips)
-        columns //= 2
+@dataclass(frozen=True)
+class _Strips:
+    """How a grid row is cut into strips, one for each CTA."""
+
+    columns: int  # threads that share a pixel row
+    row_threads: int  # rows that are read at once by neighbouring threads
+    count: int  # strips of a grid row
+    blocks: int  # of a strip
+    words: int  # of a strip
+    word_blocks: int
+    row_words: int  # words of a grid row
+
+
+def _choose_strips(grid_rows: int, blocks: int, grid: BlockGrid, lanes: int) -> _Strips:
+    """Strips as wide as the threads of a CTA take in at once, but enough of them."""
+    row_threads = min(-(-grid.bsize[0] // _ROWS), _POOL_THREADS // _WARP)
+    for columns in range(_POOL_THREADS // row_threads // _WARP * _WARP, 0, -_WARP):
+        # A vector may begin left of the strip.
+        strip = (columns * lanes - (lanes - 1) - grid.bsize[1]) // grid.bstride[1] + 1
+        strip = max(1, min(strip, columns * row_threads, blocks))
+        # As evenly as possible, in one word or in whole ones.
+        if strip <= _WARP:
+            word_blocks = math.ceil(blocks / math.ceil(blocks / strip))
+            words = 1
+        else:
+            word_blocks = _WARP
+            words = math.ceil(math.ceil(blocks / _WARP) / math.ceil(blocks / (strip // _WARP * _WARP)))
+        count = math.ceil(blocks / (words * word_blocks))
+        if grid_rows * count >= _ENOUGH_CTAS:
+            break
+    return _Strips(
+        columns,
+        row_threads,
+        count=count,
+        blocks=words * word_blocks,
+        words=words,
+        word_blocks=word_blocks,
+        row_words=math.ceil(blocks / word_blocks),
+    )
+
+
+def _block_axis(axis: Axis, blocks: int) -> tuple[int, ...]:
+    """struct BlockAxis of kernels/reduce_mask.cu."""
+    first = min(max(axis.first, 0), blocks)
+    end = min(max(axis.first + axis.count, first), blocks)
+    if first == end:
+        return 0, 0, 0, 0, 0, 0
+    return first, end, axis.start + (first - axis.first) * axis.stride, axis.stride, axis.size, axis.extent
+
+
+def _divisor(value: int) -> tuple[int, int, int]:
+    """A number, and its struct Divisor of kernels/transfer.cuh."""
+    return value, *division(value)
 
 
 def _threshold(dtype: np.dtype[Any], grid: BlockGrid, tol: float, avgpool: bool) -> tuple[int, ...] | None:
@@ -166,7 +286,9 @@ def _threshold(dtype: np.dtype[Any], grid: BlockGrid, tol: float, avgpool: bool)
         with np.errstate(over="ignore"):
             tol = float(dtype.type(tol))
     area = float(grid.bsize[0] * grid.bsize[1])
-    return _bits(tol), integer - 2**64 if integer >= 2**63 else integer, every, _bits(area)
+    with np.errstate(over="ignore"):
+        single = int(np.float32(tol).view(np.int32))
+    return _bits(tol), single, integer - 2**64 if integer >= 2**63 else integer, every, _bits(area)
 
 
 def _bits(value: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from . import _device, _reference
 from ._conv_geometry import BlockParams
 from ._geometry import BlockGrid, parse_grid, parse_pair
-from ._validate import array_namespace, check_mask, check_place, current_device, spec_of
+from ._validate import Spec, array_namespace, check_mask, check_place, current_device, spec_of
 
 _INT32_MAX = 2**31 - 1
 
@@ -85,29 +86,52 @@ def reduce_mask(
     Notes
     -----
     With CuPy arrays, work runs on the current stream. Without `capacity` it synchronises that stream once, to read
-    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid. With
-    `capacity` it does not synchronise. Either way it also allocates one byte for each block of the grid, given
-    back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of
+    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid; the first such
+    call of a thread of the host synchronises once more, to set up what it waits with. With `capacity` it does not
+    synchronise. Both results are views of one allocation. Scratch memory of 4 bytes for each up to 32 neighbouring
+    blocks of a grid row lies in it too where it takes less than the indices or 4 KB, and otherwise goes back to CuPy's
+    pool on return. The result is bitwise reproducible; for average pooling of
     floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.
     """
     xp = array_namespace(mask=mask)
     grid = parse_grid(bsize, boffset, bstride)
-    blocks = parse_pair("bcount", bcount, minimum=0)
-    spec = spec_of(mask)
-    check_mask("mask", spec)
-    check_place("mask", spec, current_device(xp))
-    if mask.ndim == 4:
-        mask = mask[..., 0]
+    blocks, threshold, avgpool, capacity = _parse(bcount, tol, avgpool, capacity)
+    spec = _check(spec_of(mask), blocks, current_device(xp))
+    if xp is np:
+        image = mask[..., 0] if mask.ndim == 4 else mask
+        return _reduce_on_host(image, blocks, grid, threshold, avgpool, capacity)
+    return BlockIndices(*_device.pooling().reduce_mask(mask, spec, blocks, grid, threshold, avgpool, capacity))
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(mask: Spec, blocks: tuple[int, int], device: int) -> Spec:
+    """Raise unless the mask is one, and fits the grid; return its spec with axes N, H, W."""
+    check_mask("mask", mask)
+    check_place("mask", mask, device)
     if mask.shape[0] * blocks[0] * blocks[1] > _INT32_MAX:
         raise ValueError(
             f"bcount: expected at most 2**31 - 1 blocks in the batch, got {mask.shape[0]} x {blocks[0]} x {blocks[1]}"
         )
-    threshold = _parse_tol(tol)
-    if capacity is not None:
-        capacity = _parse_capacity(capacity)
-    if xp is np:
-        return _reduce_on_host(mask, blocks, grid, threshold, avgpool, capacity)
-    return BlockIndices(*_device.pooling().reduce_mask(mask, blocks, grid, threshold, avgpool, capacity))
+    return mask._replace(shape=mask.shape[:3], strides=mask.strides[:3])
+
+
+def _parse(bcount: Any, tol: Any, avgpool: Any, capacity: Any) -> tuple[tuple[int, int], float, bool, int | None]:
+    """The numbers among the arguments, checked."""
+    try:
+        rows, columns = bcount
+        return _parse_numbers(rows, columns, tol, avgpool, capacity)
+    except (TypeError, ValueError):  # wrong in form or in value, or unhashable: say which
+        blocks = parse_pair("bcount", bcount, minimum=0)
+        return blocks, _parse_tol(tol), bool(avgpool), None if capacity is None else _parse_capacity(capacity)
+
+
+# Typed, because 1, 1.0 and True are equal, and only the first is a number of blocks.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _parse_numbers(
+    rows: Any, columns: Any, tol: Any, avgpool: Any, capacity: Any
+) -> tuple[tuple[int, int], float, bool, int | None]:
+    blocks = parse_pair("bcount", (rows, columns), minimum=0)
+    return blocks, _parse_tol(tol), bool(avgpool), None if capacity is None else _parse_capacity(capacity)
 
 
 def block_indices(

@@ -53,11 +53,11 @@ def families() -> dict[str, list[Call]]:
         return found if add else found + transfer(make, channels=160, rows=9, patches=calls.FEW_CTAS)
 
     add = functools.partial(calls.scatter_call, add=True)
-    tiles = ((304, None), (304, 12000), (304, 100), (16384, None))
     steps = {call.name.removeprefix("activate-"): call for call in calls.activate_calls()}
     activated = ("float32-16", "float32-4", "float32-3", "float32-2", "float16-16", "float16-16-from-float32")
     activated += ("bfloat16-6", "from-strided", "many-words", "many-pixels", "many-pixels-image", "one-cta-a-row")
     activated += ("far-apart",)
+    compactions = ("few-words", "more-words", "counted", "counted-one-tile", "counted-tiles", "fused")
     masks = {call.name.removeprefix("mask-"): call for call in calls.mask_calls()}
     pooled = (
         "uint8-max",
@@ -66,8 +66,18 @@ def families() -> dict[str, list[Call]]:
         "int64-avg",
         "int64-avg-high",
         "sliced",
-        "wide-blocks-avg",
+        "wide-blocks-few-ctas-max",
+        "wide-blocks-few-ctas-avg",
         "wide-gaps-avg",
+        "narrow-gaps-max",
+        "narrow-gaps-avg",
+        "several-row-threads-max",
+        "several-row-threads-avg",
+        "several-strips-few-ctas-max",
+        "several-strips-few-ctas-avg",
+        "tall-max",
+        "tall-avg",
+        "negative-avg",
     )
     return {
         "gather": [
@@ -83,8 +93,11 @@ def families() -> dict[str, list[Call]]:
         "add_half": transfer(add, channels=4, dtype=np.dtype(np.float16))
         + transfer(add, channels=4, dtype=np.dtype(ml_dtypes.bfloat16)),
         "activate": [steps[name] for name in activated],
-        "mask": [masks[name] for name in (*pooled, "several-strips-avg", "tall-avg")],
-        "compact": [masks[f"tiles-of-{tile}-capacity-{capacity}"] for tile, capacity in tiles],
+        "mask": [masks[name] for name in pooled],
+        "compact": [
+            masks[f"compact-{name}-capacity-{capacity}"] for name in compactions for capacity in (None, 100, 12000)
+        ]
+        + [masks["fused-in-turn"]],
     }
 
 
@@ -188,7 +201,7 @@ gather-store-bound: gather.cu, gather
 + if (first + u * step <= words) store
 
 gather-step: gather.cu, gather
-- first += kUnroll * step
+- first += kLoads * step
 + first += (kUnroll + 1) * step
 
 gather-zeros: gather.cu, gather
@@ -408,7 +421,7 @@ activate-load-past-the-end: activate.cu, activate
 + first + u * step
 
 activate-step: activate.cu, activate
-- first += kUnroll * step
+- first += kLoads * step
 + first += step * kUnroll * 2
 
 activate-source-row: activate.cu, activate
@@ -448,60 +461,156 @@ product-of-sums: ptx.cuh, activate
 + product) : "f"(a), "f"(b)); return product; #else return a + b;
 
 pool-last-column: reduce_mask.cu, mask
-- % p.width.stride < p.block_w;
-+ % p.width.stride < p.block_w - 1;
+- phase < size ||
++ phase < size - 1 ||
+
+pool-next-block: reduce_mask.cu, mask
+- || phase + kLanes > stride
++
+
+pool-covered-before: reduce_mask.cu, mask
+- || x < begin) return true;
++ ) return true;
+
+pool-past-strip: reduce_mask.cu, mask
+- if (x >= used) return false;
++
 
 pool-before-image: reduce_mask.cu, mask
 - begin = origin < 0 ? 0 : origin;
 + begin = origin;
 
 pool-past-image: reduce_mask.cu, mask
-- end = origin + size < axis.extent ? origin + size : axis.extent;
-+ end = origin + size;
+- end = origin + axis.size < axis.extent ? origin + axis.size : axis.extent;
++ end = origin + axis.size;
+
+pool-first-block: reduce_mask.cu, mask
+- start + (block - first_block()) * stride
++ start + block * stride
 
 pool-without-batch: reduce_mask.cu, mask
-- origin = image * p.mask_strides[0];
-+ origin = 0;
-
-pool-without-start: reduce_mask.cu, mask
-- if (thread < block_count) blocks[thread] = Pool::none();
+- image * r.mask_strides[0] +
 +
+
+pool-left-of-image: reduce_mask.cu, mask
+- s.left = s.origin < 0 ? 0 : s.origin;
++ s.left = s.origin;
+
+pool-right-of-image: reduce_mask.cu, mask
+- s.right = right < r.width.extent ? right : r.width.extent;
++ s.right = right;
+
+pool-last-of-strip: reduce_mask.cu, mask
+- (s.inside - 1) * r.width.stride
++ (s.inside - 2) * r.width.stride
+
+pool-strip-too-long: reduce_mask.cu, mask
+- blocks_w - s.first < blocks ? blocks_w - s.first : blocks
++ blocks
+
+pool-skipped: reduce_mask.cu, mask
+- const int k = block - skipped;
++ const int k = block;
 
 pool-misaligned: reduce_mask.cu, mask
-- piece = left - left % kLanes;
-+ piece = left;
+- begin = s.left - (s.left & (kLanes - 1));
++ begin = s.left;
 
-pool-rows-read-twice: reduce_mask.cu, mask
-- y = top + threadIdx.y;
-+ y = top;
-
-pool-rows-left-out: reduce_mask.cu, mask
-- rows < static_cast<int>(blockDim.y);
-+ rows < 1;
-
-pool-barrier-after-load: reduce_mask.cu, mask
-- columns[thread * kLanes + i] = column[i]; __syncthreads();
-+ columns[thread * kLanes + i] = column[i];
-
-pool-barrier-after-use: reduce_mask.cu, mask
-- blocks[k].add(block); } __syncthreads();
-+ blocks[k].add(block); }
-
-pool-piece: reduce_mask.cu, mask
-- end = end < piece + piece_width ? end : piece + piece_width;
+pool-piece-begin: reduce_mask.cu, mask
+- first = first > 0 ? first : 0;
 +
 
-pool-every-lane: reduce_mask.cu, mask
-- if (lane == 0) blocks[k].add(block);
-+ blocks[k].add(block);
+pool-piece-end: reduce_mask.cu, mask
+- last = last < width ? last : width;
++
 
-pool-half-a-warp: reduce_mask.cu, mask
+pool-rows-read-twice: reduce_mask.cu, mask
+- corner + y * r.mask_strides[1] +
++ corner +
+
+pool-rows-too-many: reduce_mask.cu, mask
+- bottom - top - y, column
++ bottom - top, column
+
+pool-row-not-there: reduce_mask.cu, mask
+- offset += u * distance < rows ? step : 0;
++ offset += step;
+
+pool-next-rows: reduce_mask.cu, mask
+- } offset += step;
++ }
+
+pool-counted-twice: reduce_mask.cu, mask
+- const bool valid = u * distance < rows;
++ const bool valid = true;
+
+pool-barrier-after-put: reduce_mask.cu, mask
+- shared.put(column); __syncthreads();
++ shared.put(column);
+
+pool-barrier-before-put: reduce_mask.cu, mask
+- if (first != begin) __syncthreads();
++
+
+pool-word-of-strip: reduce_mask.cu, mask
+- number * r.strip_words +
++ number +
+
+pool-threads-without-block: reduce_mask.cu, mask
+- if (thread % kWarp == 0 && thread < strip.count) {
++ if (thread % kWarp == 0) {
+
+pool-shift: pool.cuh, mask
+- bits <<= thread % kSharers * kLanes;
++
+
+pool-sharers: pool.cuh, mask
+- distance < kSharers;
++ distance < kSharers / 2;
+
+pool-bits-before: pool.cuh, mask
+- ~0u << (first > 0 ? first : 0)
++ ~0u
+
+pool-bits-after: pool.cuh, mask
+- if (last < kWarp) wanted &= ~(~0u << last);
++
+
+pool-next-word: pool.cuh, mask
+- word * kWarp < end; ++word
++ word * kWarp < begin; ++word
+
+pool-rows-left-out: pool.cuh, mask
+- row < static_cast<int>(blockDim.y); ++row) { found
++ row < 1; ++row) { found
+
+pool-sum-rows-left-out: pool.cuh, mask
+- row < static_cast<int>(blockDim.y); ++row) { #pragma unroll 1 for
++ row < 1; ++row) { for
+
+pool-pieces-not-added: pool.cuh, mask
+- mine.any |= found != 0;
++ mine.any = found != 0;
+
+pool-sum-pieces-not-added: pool.cuh, mask
+- mine.sum.add(blocks[thread]);
++ mine.sum = blocks[thread];
+
+pool-barrier-between-sums: pool.cuh, mask
+- blocks[k] = block; } __syncthreads();
++ blocks[k] = block; }
+
+pool-every-lane: pool.cuh, mask
+- if (thread % kWarp == 0) blocks[k] = block;
++ if (thread % kWarp == 1) blocks[k] = Sum{};
+
+pool-half-a-warp: pool.cuh, mask
 - int distance = kWarp / 2; distance
 + int distance = kWarp / 4; distance
 
 pool-lane-31: pool.cuh, mask
-- __shfl_xor_sync(0xffffffffu, int{any}
-+ __shfl_xor_sync(0x7fffffffu, int{any}
+- __shfl_xor_sync(0xffffffffu, bits, distance)
++ __shfl_xor_sync(0x7fffffffu, bits, distance)
 
 pool-equal: pool.cuh, mask
 - pixel > static_cast<T>(t.integer)
@@ -519,57 +628,89 @@ average-equal: pool.cuh, mask
 - sum.value() / t.area > t.tol
 + sum.value() / t.area >= t.tol
 
-scan-barrier-before: reduce_mask.cu, compact
-- __syncthreads(); // the sums of an earlier scan may still be read
-+
+sum-barrier: reduce_mask.cu, compact
+- = b; } __syncthreads();
++ = b; }
 
-scan-barrier-after: reduce_mask.cu, compact
-- warp_sums[warp] = sum; __syncthreads();
-+ warp_sums[warp] = sum;
-
-scan-own-warp: reduce_mask.cu, compact
-- if (w < warp)
-+ if (w <= warp)
+sum-one-warp: reduce_mask.cu, compact
+- for (int w = 0; w < kWarps; ++w)
++ for (int w = 0; w < 1; ++w)
 
 scan-lane: reduce_mask.cu, compact
 - if (lane >= distance)
 + if (lane > distance)
 
-flags-past-the-tile: reduce_mask.cu, compact
-- if (first + i >= end) flags.lane[i] = 0;
+words-past-the-tile: reduce_mask.cu, compact
+- chunk + lane < last ? r.words[chunk + lane] : 0
++ r.words[chunk + lane]
+
+words-not-listed: reduce_mask.cu, compact
+- k < words; k += warps
++ k < words; k += 2 * warps
+
+next-chunk: reduce_mask.cu, compact
+- next_row += __shfl_sync(0xffffffffu, through, kWarp - 1);
 +
 
-flags-past-the-end: reduce_mask.cu, compact
-- if (first < end) flags =
-+ flags =
+row-of-own-lane: reduce_mask.cu, compact
+- __popc(bits >> lane)
++ __popc(bits >> (lane + 1))
+
+block-not-active: reduce_mask.cu, compact
+- (bits >> lane & 1) == 0 ||
++
+
+blocks-of-a-word: reduce_mask.cu, compact
+- static_cast<unsigned int>(r.word_blocks) + lane
++ kWarp + lane
 
 count-step: reduce_mask.cu, compact
-- count_flags(flags_at(c, piece + threadIdx.x * kFlags, end))
-+ count_flags(flags_at(c, piece + threadIdx.x, end))
+- k < end; k += kCompactThreads
++ k < end; k += 2 * kCompactThreads
 
-compact-barrier: reduce_mask.cu, compact
-- __syncthreads(); next_row = first_row;
-+ next_row = first_row;
+count-tile: reduce_mask.cu, compact
+- r.tile_counts[blockIdx.x] = count
++ r.tile_counts[0] = count
 
-compact-row: reduce_mask.cu, compact
-- ++row;
-+
-
-compact-capacity: reduce_mask.cu, compact
-- if (row < c.capacity)
-+ if (row <= c.capacity)
+compact-before: reduce_mask.cu, compact
+- k < mine ? active : 0
++ k <= mine ? active : 0
 
 compact-tile-counts: reduce_mask.cu, compact
-- threadIdx.x < c.tiles ?
-+ threadIdx.x <= c.tiles ?
+- r.words_end : r.tiles
++ r.words_end : r.tiles + 1
+
+compact-capacity: reduce_mask.cu, compact
+- || row >= r.capacity)
++ || row > r.capacity)
 
 compact-axes-swapped: reduce_mask.cu, compact
-- line - image * static_cast<unsigned int>(c.blocks_h)
-+ line - image * static_cast<unsigned int>(c.blocks_w)
+- line - image * static_cast<unsigned int>(r.blocks_h)
++ line - image * static_cast<unsigned int>(r.blocks_w)
 
 compact-padding: reduce_mask.cu, compact
-- if (c.pad != 0)
-+ if (c.pad > 1)
+- if (r.pad == 0) return;
++ if (r.pad < 2) return;
+
+compact-count-of-all: reduce_mask.cu, compact
+- if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, count);
++ if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, before);
+
+fused-too-early: reduce_mask.cu, compact
+- atomicAdd(arrivals, 1u) == gridDim.x - 1
++ atomicAdd(arrivals, 1u) == gridDim.x - 2
+
+fused-barrier: reduce_mask.cu, compact
+- == gridDim.x - 1; __syncthreads();
++ == gridDim.x - 1;
+
+fused-once-only: reduce_mask.cu, compact
+- *r.arrivals = 0;
++
+
+fused-count: reduce_mask.cu, compact
+- tell_count(r, count); *r
++ *r
 """
 
 #: Changes that no run on a CPU can tell from the original, each with the reason.
@@ -578,6 +719,16 @@ no-fence: cover.cu, add
 = fibers see each other's writes at once, and in order
 - __threadfence();
 +
+
+fused-no-fence: reduce_mask.cu, compact
+= blocks run one after the other
+- __threadfence(); __syncthreads(); if
++ __syncthreads(); if
+
+fused-no-fence-after: reduce_mask.cu, compact
+= blocks run one after the other
+- __syncthreads(); __threadfence(); return last;
++ __syncthreads(); return last;
 
 no-compare-and-swap: cover.cu, add
 = fibers switch at barriers and warp functions only, so two never update a word at one time

@@ -100,6 +100,8 @@ def test_capacity_pads_and_cuts_but_counts_all(xp: Any, capacity: int) -> None:
         ("bool", True, 1, False),
         ("bool", False, -1, True),
         ("float32", 2.0**-149, 0, True),  # subnormal
+        ("float32", 2.0**-149, 2.0**-140, False),
+        ("float32", 2.0**-139, 2.0**-140, True),
         ("float32", 0.1, 0.1, False),  # tol is rounded to float32, as in NumPy
         ("float32", np.inf, 1e300, False),  # which makes this one infinite
         ("float64", 0.1, 0.1, False),

@@ -158,6 +158,12 @@ def mask_call(case: MaskCase, name: str, patches: Patches = ()) -> Call:
     return Call(f"mask-{name}", run, patches=patches)
 
 
+def mask_calls_in_turn(cases: list[MaskCase], name: str) -> Call:
+    """Calls of which the later find what the earlier leave behind."""
+    single = [mask_call(case, name) for case in cases]
+    return Call(f"mask-{name}", lambda xp: [array for call in single for array in call.run(xp)])
+
+
 def random_case(
     seed: int,
     dtype: np.dtype[Any],
@@ -391,6 +397,23 @@ def activate_calls() -> list[Call]:
     return calls
 
 
+def _host(**numbers: int) -> Patches:
+    return tuple((f"sbnet_cupy._pooling.{name}", number) for name, number in numbers.items())
+
+
+#: Bounds of the host code that make few words take the ways of many.
+COMPACTIONS = {
+    "one-tile": _host(_FUSED_WORDS=0, _FEW_TILE=1000),
+    "few-words": _host(_FUSED_WORDS=0),
+    "more-words": _host(_FUSED_WORDS=0, _FEW_WORDS=0),
+    "counted": _host(_FUSED_WORDS=0, _MANY_WORDS=0),
+    "counted-one-tile": _host(_FUSED_WORDS=0, _MANY_WORDS=0, _MOST_TILES=1),
+    "counted-tiles": _host(_FUSED_WORDS=0, _MANY_WORDS=0, _MOST_TILES=3),
+    "apart": _host(_FUSED_WORDS=0, _MANY_WORDS=0, _SMALL_SCRATCH=0),
+    "fused": _host(_FUSED_WORDS=10**6),
+}
+
+
 def mask_calls() -> list[Call]:
     """Every kind of pooling on every dtype, wide strips, and compaction in one tile and in several."""
     calls = []
@@ -410,20 +433,43 @@ def mask_calls() -> list[Call]:
     shapes: dict[str, dict[str, Any]] = {
         "wide-blocks": {"bsize": (3, 300), "bstride": (3, 100), "size": (7, 700), "bcount": (3, 6)},
         "wide-gaps": {"bsize": (2, 260), "bstride": (4, 300), "size": (7, 700), "bcount": (2, 4)},
-        "several-strips": {"size": (7, 700), "bcount": (2, 400), "bstride": (3, 2), "density": 0.01},
-        "tall": {"bsize": (300, 2), "size": (310, 9), "bcount": (2, 5), "density": 0.002},
+        "narrow-gaps": {"bsize": (3, 5), "bstride": (4, 27), "size": (13, 320), "bcount": (4, 13), "density": 0.2},
+        "several-row-threads": {
+            "bsize": (17, 4),
+            "bstride": (13, 3),
+            "size": (40, 72),
+            "bcount": (4, 25),
+            "density": 0.01,
+        },
+        "several-strips": {"size": (7, 704), "bcount": (2, 400), "bstride": (3, 2), "density": 0.01},
+        "tall": {"bsize": (300, 2), "size": (310, 40), "bcount": (2, 14), "density": 0.002},
         "no-blocks": {"bcount": (0, 3)},
         "none-active": {"density": 0.0},
         "all-active": {"density": 1.0},
     }
+    few_ctas = _host(_ENOUGH_CTAS=1)
     for name, shape in shapes.items():
         for avgpool in (False, True):
-            calls.append(mask_call(random_mask(2, uint8, avgpool, **shape), f"{name}-{'avg' if avgpool else 'max'}"))
+            case, pooling = random_mask(2, uint8, avgpool, **shape), "avg" if avgpool else "max"
+            calls.append(mask_call(case, f"{name}-{pooling}"))
+            if name in ("several-strips", "wide-blocks"):
+                calls.append(mask_call(case, f"{name}-few-ctas-{pooling}", few_ctas))
     pixels: dict[str, Any] = {"bsize": (1, 1), "bstride": (1, 1), "size": (48, 100), "density": 0.3}
-    # Several tiles of one piece, one tile, and one of two pieces.
-    for tile, bcount in ((304, (50, 31)), (8192, (50, 31)), (16384, (50, 83))):
-        patches = (("sbnet_cupy._pooling._PIECE", tile),)
+    # One tile for all words; a few; and some that a kernel of its own counts.
+    for name, patches in COMPACTIONS.items():
         for capacity in (None, 0, 100, 12000):
-            case = random_mask(3, uint8, False, **pixels, bcount=bcount, capacity=capacity)
-            calls.append(mask_call(case, f"tiles-of-{tile}-capacity-{capacity}", patches))
+            case = random_mask(3, uint8, False, **pixels, bcount=(50, 83), capacity=capacity)
+            calls.append(mask_call(case, f"compact-{name}-capacity-{capacity}", patches))
+    for avgpool in (False, True):  # blocks without a pixel are active
+        case = replace(
+            random_mask(4, uint8, avgpool, bcount=(3, 71), bstride=(3, 2), size=(9, 104)), tol=-1.0, capacity=500
+        )
+        calls.append(mask_call(case, f"negative-{'avg' if avgpool else 'max'}"))
+    few: dict[str, Any] = {
+        "bsize": (4, 30),
+        "bstride": (3, 30),
+        "size": (13, 904),
+        "bcount": (5, 30),
+    }  # blocks of a word
+    calls.append(mask_calls_in_turn([random_mask(seed, uint8, False, **few) for seed in range(3)], "fused-in-turn"))
     return calls

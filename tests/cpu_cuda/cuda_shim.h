@@ -106,6 +106,16 @@ T atomicCAS(T* address, T expected, T value) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
+inline float __int_as_float(int bits) {
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
 inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -6,6 +6,7 @@ Arrays lie between guard pages and begin as poison. Functions that are not here 
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -37,8 +38,11 @@ class _Pointer:
 
     device_id = 0
 
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+    def __init__(self, ptr: int, owner: Any) -> None:
+        self.ptr, self.owner = ptr, owner
+
+    def __add__(self, offset: int) -> _Pointer:
+        return _Pointer(self.ptr + offset, self.owner)
 
     def memset_async(self, value: int, size: int) -> None:
         ctypes.memset(self.ptr, value, size)
@@ -47,12 +51,20 @@ class _Pointer:
 class ndarray:
     """An array "on the device". Not a NumPy array, so that whoever mixes up the two finds out."""
 
-    def __init__(self, host: np.ndarray[Any, Any]) -> None:
-        self.host: np.ndarray[Any, Any] = host
+    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer) -> None:
+        memory = memptr.owner
+        bytes_ = memory.bytes()[memptr.ptr - memory.address :][: math.prod(shape) * np.dtype(dtype).itemsize]
+        self.host: np.ndarray[Any, Any] = bytes_.view(dtype).reshape(shape)
+
+    @classmethod
+    def of(cls, host: np.ndarray[Any, Any]) -> ndarray:
+        array = cls.__new__(cls)
+        array.host = host
+        return array
 
     @property
     def data(self) -> _Pointer:
-        return _Pointer(self.host.__array_interface__["data"][0])
+        return _Pointer(self.host.__array_interface__["data"][0], self.memory)
 
     @property
     def memory(self) -> Memory:
@@ -85,7 +97,7 @@ def empty(shape: Any, dtype: Any = float, *, alignment: int = ALIGNMENT) -> ndar
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = Memory(size, compiler.order.at_end, alignment)
-    return ndarray(memory.bytes().view(dtype).reshape(shape))
+    return ndarray.of(memory.bytes().view(dtype).reshape(shape))
 
 
 def asarray(values: Any) -> ndarray:
@@ -113,11 +125,11 @@ def _to_host(value: Any) -> Any:
 def as_device(value: np.ndarray[Any, Any], alignment: int = 1) -> ndarray:
     """A view where the memory is the device's already, else a copy there, in the same memory order."""
     if isinstance(_owner(value), Memory):
-        return ndarray(value)
+        return ndarray.of(value)
     axes = sorted(range(value.ndim), key=lambda k: -abs(value.strides[k]))
     copy = empty([value.shape[k] for k in axes], value.dtype, alignment=alignment).host.transpose(np.argsort(axes))
     copy[...] = value
-    return ndarray(copy)
+    return ndarray.of(copy)
 
 
 def _lift(function: Callable[..., Any]) -> Callable[..., Any]:
