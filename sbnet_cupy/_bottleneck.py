@@ -270,7 +270,8 @@ def sparse_res_block_bottleneck(
     A chain of blocks that share one mask, in place:
 
     >>> import numpy as np
-    >>> from sbnet_cupy import BottleneckWeights, block_indices, calc_block_params_res_block, sparse_res_block_bottleneck
+    >>> from sbnet_cupy import BottleneckWeights, block_indices, calc_block_params_res_block
+    >>> from sbnet_cupy import sparse_res_block_bottleneck
     >>> x = np.ones((1, 40, 40, 8), np.float32)
     >>> chain = [BottleneckWeights.random(8, 4, seed=seed) for seed in range(3)]
     >>> params = calc_block_params_res_block(x.shape, (10, 10), chain[0].ksizes, 1, "SAME")
