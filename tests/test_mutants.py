@@ -422,7 +422,7 @@ activate-load-past-the-end: activate.cu, activate
 
 activate-step: activate.cu, activate
 - first += kLoads * step
-+ first += step * kUnroll * 2
++ first += step * kLoads * 2
 
 activate-source-row: activate.cu, activate
 - blockIdx.x * a.source_strides[0]
