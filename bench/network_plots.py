@@ -102,4 +102,5 @@ def _draw_panel(axes: Any, lines: dict[str, Line], ideal: bool) -> None:
         axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=0.5)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    if lines:
+        axes.legend(fontsize=8, frameon=False)
