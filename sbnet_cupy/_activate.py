@@ -21,6 +21,9 @@ _UNROLL = 4
 #: CTAs to launch at least, where the work allows: 8 waves of 2 CTAs on the 132 multiprocessors of an H200.
 _ENOUGH_CTAS = 2048
 
+#: Pixels of a block from which counting them takes 64 bits.
+_WIDE_PIXELS = 2**31
+
 
 def activate(
     stack: Any, out: Any, affine: Affine, bin_counts: Any, indices: Any, grid: BlockGrid, shape: tuple[int, ...]
@@ -97,7 +100,7 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
         ]
     )
     return _Ready(
-        activate_instance(source.dtype, target.dtype, lanes, pixels >= 2**31), (rows, slices), block, argument
+        activate_instance(source.dtype, target.dtype, lanes, pixels >= _WIDE_PIXELS), (rows, slices), block, argument
     )
 
 

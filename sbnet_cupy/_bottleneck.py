@@ -210,7 +210,10 @@ def res_block_bottleneck(
     xp, layers = _parse(x, weights, strides, {})
     how = Arithmetic(xp, use_tf32(allow_tf32))
     first, *norms = _affines(weights)
-    inner = x if first.is_identity else activate_image(x, first, x.dtype, xp)
+    inner = x
+    if not first.is_identity:
+        inner = xp.empty(x.shape, x.dtype)
+        activate_image(x, inner, first, xp)
     for layer, w, affine in zip(layers, _convs(weights), norms):
         inner = convolve_image(inner, w, layer, affine, how)
     with np.errstate(all="ignore"):

@@ -70,9 +70,10 @@ class Layer(NamedTuple):
     pad_after: Pair
     out_size: Pair
 
-    def stack_size(self, bsize: Pair) -> Pair:
-        """Pixels that the convolution leaves of a block, which already holds its padding."""
-        return _each(lambda b, k, s: (b - k) // s + 1, bsize, self.ksize, self.strides)
+
+def valid_size(size: Pair, ksize: Pair, strides: Pair) -> Pair:
+    """Pixels that a convolution without padding leaves."""
+    return _each(lambda n, k, s: max(0, (n - k) // s + 1), size, ksize, strides)
 
 
 def calc_block_params(
@@ -156,7 +157,7 @@ def block_params(layers: Sequence[Layer], bsize: Pair) -> BlockParams:
     k, s, pad = _receptive_field(layers)
     for axis in range(2):
         _check_block(axis, bsize[axis], k[axis], s[axis])
-    bsize_out = _each(lambda b, k, s: (b - k) // s + 1, bsize, k, s)
+    bsize_out = valid_size(bsize, k, s)
     return BlockParams(
         bsize=bsize,
         bsize_out=bsize_out,
@@ -166,7 +167,8 @@ def block_params(layers: Sequence[Layer], bsize: Pair) -> BlockParams:
     )
 
 
-def stack_grids(layers: Sequence[Layer], params: BlockParams) -> list[BlockGrid]:
+@functools.lru_cache(maxsize=1024)
+def stack_grids(layers: tuple[Layer, ...], params: BlockParams) -> list[BlockGrid]:
     """Grid of the stack that each convolution of a chain reads, on its own input image; and that of the last output.
 
     Pixel q of a convolution's output is computed from its input's pixels from ``q*s - pad_before`` on. A block that
@@ -177,7 +179,7 @@ def stack_grids(layers: Sequence[Layer], params: BlockParams) -> list[BlockGrid]
         grid, s = grids[-1], layer.strides
         begin = _each(lambda p, pad, s: (p + pad) // s, grid.boffset, layer.pad_before, s)
         step = _each(operator.floordiv, grid.bstride, s)
-        grids.append(BlockGrid(layer.stack_size(grid.bsize), begin, step))
+        grids.append(BlockGrid(valid_size(grid.bsize, layer.ksize, s), begin, step))
     return grids
 
 
@@ -210,8 +212,8 @@ def make_layer(size: Pair, ksize: Pair, strides: Pair, padding: str | tuple[Pair
     else:
         (top, bottom), (left, right) = padding
     before, after = (top, left), (bottom, right)
-    out = _each(lambda n, p, q, k, s: max(0, (n + p + q - k) // s + 1), size, before, after, ksize, strides)
-    return Layer(size, ksize, strides, before, after, out)
+    padded = _each(lambda n, p, q: n + p + q, size, before, after)
+    return Layer(size, ksize, strides, before, after, valid_size(padded, ksize, strides))
 
 
 def _rule(padding: str, n: int, k: int, s: int) -> Pair:

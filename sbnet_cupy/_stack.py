@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -34,18 +33,18 @@ class Arithmetic:
 def convolve_image(x: Any, w: Any, layer: Layer, affine: Affine, how: Arithmetic) -> Any:
     """``affine(conv(x, w))`` of whole images [N, H, W, C]: a new, contiguous array."""
     result = how.engine_for(w).convolve(_pad(x, layer, how.xp), w, layer.strides, how.tf32)
-    if affine.is_identity and result.dtype == x.dtype and result.flags.c_contiguous:
-        return result
-    return activate_image(result, affine, x.dtype, how.xp)
-
-
-def activate_image(x: Any, affine: Affine, dtype: np.dtype[Any], xp: ModuleType) -> Any:
-    """``affine(x)`` of every pixel: a new array."""
-    if xp is np:
-        return _reference.activate(x, affine, dtype)
-    out = xp.empty(x.shape, dtype)
-    _device.activation().activate_image(x, out, affine)
+    out = result if result.dtype == x.dtype and result.flags.c_contiguous else how.xp.empty(result.shape, x.dtype)
+    if out is not result or not affine.is_identity:
+        activate_image(result, out, affine, how.xp)
     return out
+
+
+def activate_image(x: Any, out: Any, affine: Affine, xp: ModuleType) -> None:
+    """Write ``affine(x)`` of every pixel to `out`, which may be `x`."""
+    if xp is np:
+        out[...] = _reference.activate(x, affine, out.dtype)
+    else:
+        _device.activation().activate_image(x, out, affine)
 
 
 def _pad(x: Any, layer: Layer, xp: ModuleType) -> Any:
@@ -64,7 +63,7 @@ class BlockStacks:
     """Active blocks of a chain of convolutions, whose stacks go from one step to the next."""
 
     indices: BlockIndices
-    layers: Sequence[Layer]
+    layers: tuple[Layer, ...]
     params: BlockParams
     batch: int
     how: Arithmetic

@@ -21,7 +21,7 @@ _ENGINES = ("auto", "cublas", "cudnn")
 
 #: Where ``auto`` takes cuDNN, if it is installed: for kernels of at least this many pixels, by dtype; None is never.
 #: No measurement has set these yet.
-_CUDNN_KERNEL_PIXELS: dict[str, int | None] = {"float16": None, "bfloat16": None, "float32": None, "float64": None}
+_CUDNN_KERNEL_PIXELS: dict[str, int | None] = {"float16": None, "bfloat16": None, "float32": None}
 
 
 class Engine(Protocol):
@@ -45,6 +45,8 @@ def choose_engine(xp: ModuleType, dtype: np.dtype[Any], ksize: tuple[int, int], 
     name = engine or os.environ.get(ENGINE_VARIABLE, "auto")
     if name not in _ENGINES:
         raise ValueError(f"{ENGINE_VARIABLE}: expected one of {', '.join(_ENGINES)}, got {name!r}")
+    if dtype.name == "float64":  # which cuDNN's engines do not take in channels-last layouts
+        name = "cublas"
     if name == "auto":
         limit = _CUDNN_KERNEL_PIXELS[dtype.name]
         wanted = limit is not None and ksize[0] * ksize[1] >= limit

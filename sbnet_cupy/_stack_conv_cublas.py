@@ -15,8 +15,7 @@ import numpy as np
 
 from . import _cublas
 from ._affine import wide_dtype
-
-Pair = tuple[int, int]
+from ._conv_geometry import Pair, valid_size
 
 
 def room(rows: int) -> int:
@@ -32,7 +31,7 @@ def convolve(stack: Any, w: Any, strides: Pair, tf32: bool) -> Any:
     """
     (kh, kw), features = w.shape[:2], w.shape[3]
     rows, height, width, channels = stack.shape
-    out_size = tuple(max(0, (n - k) // s + 1) for n, k, s in zip((height, width), (kh, kw), strides))
+    out_size = valid_size((height, width), (kh, kw), strides)
     dtype = stack.dtype if kh == kw == 1 else wide_dtype(stack.dtype)
     if 0 in (rows, *out_size, channels, features):
         return cupy.zeros((rows, *out_size, features), dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._affine import wide_dtype
+from ._conv_geometry import Pair, valid_size
 
 Array = np.ndarray[Any, Any]
 
@@ -16,12 +17,12 @@ def room(rows: int) -> int:
     return rows
 
 
-def convolve(stack: Array, w: Array, strides: tuple[int, int], tf32: bool) -> Array:
+def convolve(stack: Array, w: Array, strides: Pair, tf32: bool) -> Array:
     """The sum over kernel positions of shifted pixels times weights, in float32 at least, not rounded after."""
     wide = wide_dtype(stack.dtype)
     (kh, kw), (sh, sw) = w.shape[:2], strides
-    height, width = (stack.shape[1] - kh) // sh + 1, (stack.shape[2] - kw) // sw + 1
-    total = np.zeros((stack.shape[0], max(0, height), max(0, width), w.shape[3]), wide)
+    height, width = valid_size(stack.shape[1:3], (kh, kw), strides)
+    total = np.zeros((stack.shape[0], height, width, w.shape[3]), wide)
     if total.size == 0:
         return total
     with np.errstate(all="ignore"):

@@ -98,7 +98,7 @@ def test_blocks_hold_what_their_tiles_are_made_of(
     bsize = tuple(last - first + 1 for first, last in reach)
     params = calc_block_params_res_block(in_size, bsize, ksizes, strides, padding)
     assert params.bsize_out == bsize_out
-    grids = stack_grids(layers, params)
+    grids = stack_grids(tuple(layers), params)
     assert grids[-1] == params.grid_out
     for axis in (0, 1):
         # Tiles cover the output, and no tile lies wholly behind it.

@@ -54,6 +54,10 @@ def families() -> dict[str, list[Call]]:
 
     add = functools.partial(calls.scatter_call, add=True)
     tiles = ((304, None), (304, 12000), (304, 100), (16384, None))
+    steps = {call.name.removeprefix("activate-"): call for call in calls.activate_calls()}
+    activated = ("float32-16", "float32-4", "float32-3", "float32-2", "float16-16", "float16-16-from-float32")
+    activated += ("bfloat16-6", "from-strided", "many-words", "many-pixels", "many-pixels-image", "one-cta-a-row")
+    activated += ("far-apart",)
     masks = {call.name.removeprefix("mask-"): call for call in calls.mask_calls()}
     pooled = (
         "uint8-max",
@@ -78,6 +82,7 @@ def families() -> dict[str, list[Call]]:
         "add": scatter(True),
         "add_half": transfer(add, channels=4, dtype=np.dtype(np.float16))
         + transfer(add, channels=4, dtype=np.dtype(ml_dtypes.bfloat16)),
+        "activate": [steps[name] for name in activated],
         "mask": [masks[name] for name in (*pooled, "several-strips-avg", "tall-avg")],
         "compact": [masks[f"tiles-of-{tile}-capacity-{capacity}"] for tile, capacity in tiles],
     }
@@ -361,6 +366,86 @@ list-descends: cover.cu, add
 list-ends-early: cover.cu, add
 - (cover.next + row) = after;
 + (cover.next + row) = kNoRow;
+
+activate-outside: activate.cu, activate
+- if (is_inside[u]) result
++ result
+
+activate-before-image: activate.cu, activate
+- static_cast<Index>(y < 0 ? -y : 0)
++ 0
+
+activate-past-image: activate.cu, activate
+- right < a.block_w ? right : a.block_w
++ a.block_w
+
+activate-rows-for-columns: activate.cu, activate
+- x = a.width.start + at.cell_w * a.width.stride
++ x = a.width.start + at.cell_h * a.width.stride
+
+activate-rows-out-of-use: activate.cu, activate
+- if (!at.touches_image) return {0, 0, 0, 0};
++
+
+activate-batch: activate.cu, activate
+- t.batch = a.batch;
++ t.batch = a.batch + 1;
+
+activate-no-indices: activate.cu, activate
+- if (a.indices == nullptr) return
++ if (false) return
+
+activate-division: activate.cu, activate
+- row = pixel / block_w;
++ row = pixel / static_cast<Index>(a.block_h);
+
+activate-last-pixel: activate.cu, activate
+- if (first + u * step >= pixels) break;
++
+
+activate-load-past-the-end: activate.cu, activate
+- first + u * step < pixels ? first + u * step : pixels - 1
++ first + u * step
+
+activate-step: activate.cu, activate
+- first += kUnroll * step
++ first += step * kUnroll * 2
+
+activate-source-row: activate.cu, activate
+- blockIdx.x * a.source_strides[0]
++ blockIdx.x * a.target_strides[0]
+
+activate-one-pass-of-words: activate.cu, activate
+- word += blockDim.x
++ word += a.words
+
+affine-channel: affine.cuh, activate
+- (address, channel + i)
++ (address, channel)
+
+affine-shift-first: affine.cuh, activate
+- if (has_scale) y = mul_exact(y, scale[i]); if (has_shift) y = add_exact(y, shift[i]);
++ if (has_shift) y = add_exact(y, shift[i]); if (has_scale) y = mul_exact(y, scale[i]);
+
+affine-always-relu: affine.cuh, activate
+- return has_relu && greater_exact
++ return greater_exact
+
+affine-without-scale: affine.cuh, activate
+- has_scale(scales != nullptr)
++ has_scale(true)
+
+affine-nan-to-zero: affine.cuh, activate
+- greater_exact(Wide{0}, y) ? Wide{0} : y;
++ !greater_exact(y, Wide{0}) ? Wide{0} : y;
+
+affine-rounded-twice: affine.cuh, activate
+- step(Addition<T>::begin(x.lane[i]), i)
++ Addition<Out>::begin(Addition<Out>::end(step(Addition<T>::begin(x.lane[i]), i) * 0.999f))
+
+product-of-sums: ptx.cuh, activate
+- product) : "f"(a), "f"(b)); return product; #else return a * b;
++ product) : "f"(a), "f"(b)); return product; #else return a + b;
 
 pool-last-column: reduce_mask.cu, mask
 - % p.width.stride < p.block_w;

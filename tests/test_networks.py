@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import networks
 import numpy as np
 import pytest
 from cases import identical
-from cpu_cuda.products import HostMultiplier
+from cpu_cuda.products import HOST_CUDNN, HostMultiplier
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import DEVICE_CASES, DTYPES, Geometry, geometries
@@ -22,6 +23,7 @@ import sbnet_cupy
 from sbnet_cupy import (
     BlockIndices,
     BottleneckWeights,
+    _device,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -32,6 +34,7 @@ from sbnet_cupy import (
     sparse_gather,
     sparse_res_block_bottleneck,
 )
+from sbnet_cupy._stack_conv import choose_engine, use_tf32
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -169,22 +172,98 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield xp
 
 
-@dtypes
-@pytest.mark.parametrize("name", DEVICE_CASES)
+#: All cases in float32 and float16; float64 and bfloat16 share their code, so two will do.
+ON_DEVICE = [
+    pytest.param(name, dtype, id=f"{name}-{dtype}")
+    for name in DEVICE_CASES
+    for dtype in DTYPES
+    if dtype.name in ("float32", "float16") or name in ("3x3", "3x3-stride")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_DEVICE)
 def test_convolution_on_a_device(name: str, dtype: Any, device: Any) -> None:
-    if dtype.name in ("float64", "bfloat16") and name not in ("3x3", "3x3-stride"):
-        pytest.skip("covered by the other dtypes")
     case = DEVICE_CASES[name]
     check_conv(case, dtype, 4, bias=case.seed % 2 == 0, activation=(None, "relu")[case.seed % 3 == 0], xp=device)
 
 
-@dtypes
-@pytest.mark.parametrize("name", [name for name in DEVICE_CASES if name.startswith("3x3") and name != "3x3-all"])
+@pytest.mark.parametrize(("name", "dtype"), [p for p in ON_DEVICE if "3x3" in str(p.id) and "all" not in str(p.id)])
 def test_bottleneck_on_a_device(name: str, dtype: Any, device: Any) -> None:
-    if dtype.name in ("float64", "bfloat16") and name not in ("3x3", "3x3-stride"):
-        pytest.skip("covered by the other dtypes")
     case, ksizes = DEVICE_CASES[name], ((1, 1), (3, 3), (1, 1))
     check_bottleneck(case, dtype, ksizes, first=case.seed != 1, project="stride" in name or case.seed == 2, xp=device)
+
+
+@pytest.fixture
+def cudnn(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The device, with cuDNN as its engine, or what stands in for that."""
+    module = "sbnet_cupy._stack_conv_cudnn"
+    if device.__name__ != "cupy":
+        monkeypatch.setitem(sys.modules, "cudnn", HOST_CUDNN)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    else:
+        try:
+            pytest.importorskip("cudnn").create_handle()
+        except Exception as error:  # the frontend is there, but cuDNN itself is not
+            pytest.skip(f"cuDNN does not start: {error}")
+    _device.stack_conv.cache_clear()
+    monkeypatch.setenv("SBNET_CUPY_CONV", "cudnn")
+    yield device
+    _device.stack_conv.cache_clear()
+    if device.__name__ != "cupy":
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_DEVICE)
+def test_cudnn(name: str, dtype: Any, cudnn: Any) -> None:
+    case, ksizes = DEVICE_CASES[name], ((1, 1), (3, 3), (1, 1))
+    check_conv(case, dtype, 4, bias=case.seed % 2 == 0, activation=None, xp=cudnn)
+    if name in ("3x3-spare-rows", "3x3-stride"):
+        check_bottleneck(case, dtype, ksizes, first=True, project="stride" in name, xp=cudnn)
+
+
+def test_few_sizes_of_stacks(cudnn: Any) -> None:
+    chosen = [choose_engine(cudnn, dtype, (3, 3)).__name__ for dtype in DTYPES]  # type: ignore[attr-defined]
+    assert [name.removeprefix("sbnet_cupy._stack_conv_") for name in chosen] == ["cublas", "cudnn", "cudnn", "cudnn"]
+    room = _device.stack_conv("cudnn").room
+    assert [room(rows) for rows in range(14)] == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert room(1000) == 1024
+    assert room(700) == 768
+    for rows in range(1, 2000):
+        assert rows <= room(rows) <= 1.5 * rows
+
+
+def test_the_engine_can_be_named(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    for environment, argument, expected in (
+        (None, None, "cublas"),
+        ("auto", None, "cublas"),
+        ("cublas", None, "cublas"),
+        ("cudnn", "cublas", "cublas"),
+    ):
+        monkeypatch.delenv("SBNET_CUPY_CONV", raising=False)
+        if environment:
+            monkeypatch.setenv("SBNET_CUPY_CONV", environment)
+        found = choose_engine(device, np.dtype(np.float32), (3, 3), argument)
+        assert found.__name__ == f"sbnet_cupy._stack_conv_{expected}"  # type: ignore[attr-defined]
+    monkeypatch.setenv("SBNET_CUPY_CONV", "cudn")
+    with pytest.raises(ValueError, match=r"^SBNET_CUPY_CONV: expected one of auto, cublas, cudnn, got 'cudn'"):
+        choose_engine(device, np.dtype(np.float32), (3, 3))
+    assert choose_engine(np, np.dtype(np.float32), (3, 3)).room(5) == 5
+
+
+def test_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in ((None, False), ("0", False), ("", False), ("1", True)):
+        monkeypatch.delenv("CUPY_TF32", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CUPY_TF32", value)
+        assert use_tf32(None) is expected
+        assert use_tf32(True) is True
+        assert use_tf32(False) is False
+    # CUBLAS_COMPUTE_32F, _64F and _32F_FAST_TF32, which only float32 takes.
+    pytest.importorskip("cupy")
+    from sbnet_cupy._cublas import compute_type
+
+    kinds = [compute_type(dtype, tf32) for dtype in DTYPES for tf32 in (False, True)]
+    assert kinds == [70, 70, 68, 77, 68, 68, 68, 68]
 
 
 def test_a_chain_of_blocks_that_share_a_mask() -> None:

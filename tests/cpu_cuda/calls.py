@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, INT32, MASK_DTYPES, Array, Case, MaskCase, identical, random_bits
+from cases import DTYPES, INT32, MASK_DTYPES, Array, Case, MaskCase, identical, lay_out, random_bits
 
 import sbnet_cupy
-from sbnet_cupy import _plan
+from sbnet_cupy import _device, _instances, _plan, _reference
+from sbnet_cupy._affine import Affine
+from sbnet_cupy._geometry import BlockGrid
 from sbnet_cupy._instances import Instance
 
 from . import KernelFault, Order, device, guarded, recording, standin
@@ -105,6 +107,46 @@ def scatter_call(case: Case, name: str, add: bool, patches: Patches = ()) -> Cal
         return [x]
 
     return Call(f"{'add' if add else 'scatter'}-{name}", run, nan_payloads=not add, patches=patches)
+
+
+def activate_call(case: Case, name: str, source: str | None = None, image: bool = False, patches: Patches = ()) -> Call:
+    """The element-wise step on a stack on the case's grid, or on its image; from `source` numbers, or else in place."""
+
+    def run(xp: Any) -> list[Any]:
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
+        channels, wide = case.x.shape[3], np.float64 if case.x.dtype.itemsize == 8 else np.float32
+        rng = np.random.default_rng(channels)
+        scale, shift = (_values(rng, (channels,), np.dtype(wide)) for _ in range(2))
+        affine = Affine(*(None if channels == n else xp.asarray(a) for n, a in ((4, scale), (3, shift))), channels != 2)
+        stack = x if image else blocks
+        target = stack if source is None else lay_out(case.x if image else case.stack, "nhwc", xp)
+        stack = stack if source in (None, case.x.dtype.name) else stack.astype(source)
+        with guarded(xp, (bin_counts, indices), target):
+            if image and xp is np:
+                target[...] = _reference.activate(stack, affine, target.dtype)
+            elif image:
+                _device.activation().activate_image(stack, target, affine)
+            elif xp is np:
+                grid = BlockGrid(case.bsize, case.boffset, case.bstride)
+                _reference.activate_blocks(stack, case.count, case.indices, grid, case.x.shape, affine, target)
+            else:
+                grid = BlockGrid(case.bsize, case.boffset, case.bstride)
+                _device.activation().activate(stack, target, affine, bin_counts, indices, grid, case.x.shape)
+        return [target]
+
+    return Call(f"activate-{name}", run, nan_payloads=False, patches=patches)
+
+
+def affine_gather_call(case: Case, name: str) -> Call:
+    def run(xp: Any) -> list[Any]:
+        x, _, bin_counts, indices = case.arrays(_close(xp))
+        rng = np.random.default_rng(0)
+        scale, shift = (xp.asarray(_values(rng, (case.x.shape[3],), np.dtype(np.float32))) for _ in range(2))
+        how: dict[str, Any] = {**case.grid, "transpose": case.transpose, "activation": "relu"}
+        with guarded(xp, (x, bin_counts, indices, scale, shift)):
+            return [sbnet_cupy.sparse_gather(x, bin_counts, indices, **how, scale=scale, shift=shift)]
+
+    return Call(f"affine-gather-{name}", run, nan_payloads=False)
 
 
 def mask_call(case: MaskCase, name: str, patches: Patches = ()) -> Call:
@@ -307,6 +349,45 @@ def large_calls() -> list[Call]:
     for name, part in (("no-rows", {"rows": 0}), ("no-channels", {"channels": 0}), ("no-pixels", {"size": (0, 5)})):
         arguments: dict[str, Any] = {"channels": 4, **part}
         calls += transfer_calls(random_case(10, float32, **arguments), name)
+    return calls
+
+
+def activate_calls() -> list[Call]:
+    """Every number of lanes of every dtype, in place and to a half type; many words and pixels for a CTA; images."""
+    calls = []
+    for number, dtype in enumerate(dtype for dtype in DTYPES if dtype.name in _instances.ACTIVATED):
+        for channels in (16, 12, 6, 4, 3, 2):
+            case = random_case(10 * number + channels, dtype, channels)
+            calls.append(activate_call(case, f"{dtype}-{channels}"))
+            if dtype.itemsize == 2:
+                calls.append(activate_call(case, f"{dtype}-{channels}-from-float32", source="float32"))
+    float32 = np.dtype(np.float32)
+    layouts: dict[str, dict[str, Any]] = {
+        "strided": {"layouts": ("nhwc", "strided")},
+        "reversed": {"layouts": ("nhwc", "reversed")},
+        "misaligned": {"layouts": ("nhwc", "misaligned")},
+        "channels-first": {"layouts": ("nhwc", "nchw")},
+        "many-words": {"channels": 1100, "rows": 8, "bsize": (3, 3)},
+        "many-pixels": {"bsize": (17, 19), "rows": 12, "size": (40, 41)},
+        "far-apart": {"bsize": (3, 3), "bstride": (7, 9)},
+        "no-rows": {"rows": 0},
+        "no-channels": {"channels": 0},
+        "no-pixels": {"size": (0, 5)},
+    }
+    for seed, (name, options) in enumerate(layouts.items()):
+        case = random_case(seed, float32, **{"channels": 8, **options})
+        calls.append(activate_call(case, name))
+        calls.append(activate_call(case, f"{name}-image", image=True))
+    pixels = random_case(5, float32, 40, bsize=(17, 19), rows=5, size=(40, 41))
+    calls.append(activate_call(pixels, "one-cta-a-row", patches=(("sbnet_cupy._activate._ENOUGH_CTAS", 1),)))
+    calls.append(activate_call(pixels, "wide", patches=(("sbnet_cupy._activate._WIDE_PIXELS", 1),)))
+    case = random_case(6, float32, 3, layouts=("nhwc", "strided"))
+    calls.append(activate_call(case, "from-strided", source="float32"))
+    half = random_case(3, np.dtype(np.float16), 8)
+    calls.append(activate_call(half, "image-from-float32", source="float32", image=True))
+    for transpose in (False, True):
+        case = random_case(4, np.dtype(np.float16), 8, transpose=transpose)
+        calls.append(affine_gather_call(case, "transposed" if transpose else "direct"))
     return calls
 
 

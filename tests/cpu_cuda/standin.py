@@ -20,9 +20,10 @@ from .memory import Memory
 __all__ = ["RawModule", "asarray", "cuda", "empty", "lib", "ndarray"]
 
 cuda = SimpleNamespace(
+    alloc=lambda size: empty(size, np.uint8).data,
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     compiler=SimpleNamespace(CompileException=CompileError),
-    get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     runtime=SimpleNamespace(getDevice=lambda: 0),
 )
 
