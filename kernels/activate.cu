@@ -37,7 +37,7 @@ __device__ inline Rect<Index> inside_of(const Activation& a, int64 row) {
     t.height = a.height;
     t.width = a.width;
     // The block size is no parameter of where a block lies; what it covers is cut to the image here.
-    const Placement<int64> at = place<int64, 1, 1>(t, row);
+    const auto at = place<unsigned long long, 1, 1>(t, row);
     if (!at.touches_image) return {0, 0, 0, 0};
     const int64 y = a.height.start + at.cell_h * a.height.stride;
     const int64 x = a.width.start + at.cell_w * a.width.stride;
@@ -46,6 +46,9 @@ __device__ inline Rect<Index> inside_of(const Activation& a, int64 row) {
     return {static_cast<Index>(y < 0 ? -y : 0), static_cast<Index>(bottom < a.block_h ? bottom : a.block_h),
             static_cast<Index>(x < 0 ? -x : 0), static_cast<Index>(right < a.block_w ? right : a.block_w)};
 }
+
+// Pixels that a thread loads before it stores the first.
+constexpr int kLoads = 4;
 
 // A CTA takes a slice of the pixels of one row. threadIdx.x counts words of a pixel, so that a thread keeps its channels,
 // and their scales and shifts, in registers; threadIdx.y counts pixels.
@@ -61,12 +64,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) activate(const Activation a) {
     const int64 target = blockIdx.x * a.target_strides[0];
     for (int64 word = threadIdx.x; word < a.words; word += blockDim.x) {
         const Affine<In, kLanes> affine(a.scale, a.shift, a.relu != 0, word * kLanes);
-        for (Index first = blockIdx.y * blockDim.y + threadIdx.y; first < pixels; first += kUnroll * step) {
-            Vec<In, kLanes> number[kUnroll];
-            int64 place_in_target[kUnroll];
-            bool is_inside[kUnroll];
+        for (Index first = blockIdx.y * blockDim.y + threadIdx.y; first < pixels; first += kLoads * step) {
+            Vec<In, kLanes> number[kLoads];
+            int64 place_in_target[kLoads];
+            bool is_inside[kLoads];
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
+            for (int u = 0; u < kLoads; ++u) {
                 // Loads are not put behind a branch, where they would wait for each other: the last pixel stands in for
                 // those past the end. But rows out of use are not read.
                 const Index pixel = first + u * step < pixels ? first + u * step : pixels - 1;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) activate(const Activation a) {
                 if (!is_empty) number[u] = load<Vec<In, kLanes>>(a.source, offset);
             }
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
+            for (int u = 0; u < kLoads; ++u) {
                 if (first + u * step >= pixels) break;
                 Vec<Out, kLanes> result{};
                 if (is_inside[u]) result = affine.template map<Out>(number[u]);

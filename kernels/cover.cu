@@ -7,7 +7,7 @@ namespace sbnet {
 // touches the image, whatever its size: the block size is no parameter here.
 __device__ inline int* head_of(const Transfer& t, const Cover& cover, int64 row) {
     if (row >= t.rows) return nullptr;
-    const Placement<int64> at = place<int64, 1, 1>(t, row);
+    const Placement<unsigned long long> at = place<unsigned long long, 1, 1>(t, row);
     return at.touches_image ? cover.head + cell_index(t, at.image_index, at.cell_h, at.cell_w) : nullptr;
 }
 

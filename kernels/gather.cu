@@ -1,93 +1,150 @@
-// sparse_gather: image tensor to block stack. The threads of a CTA copy one block, or as many as fit; several CTAs may
-// share a block.
+// sparse_gather: image tensor to block stack.
 #include "tile.cuh"
 #include "transfer.cuh"
 
 namespace sbnet {
 
 // Image and stack are contiguous along the same axis (or along none): words go straight through registers.
-// Registers: at most 128.
+// Registers: at most 80.
 template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
-__global__ void __launch_bounds__(kMaxThreads, kMinCtas<Index>) gather(const Transfer t) {
+__global__ void __launch_bounds__(kMaxThreads, 3) gather(const Transfer t) {
     using Word = Raw<kWordBytes>;
-    const int64 row = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (row >= t.rows) return;
-    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
-    const Walk<Index, kBlockH, kBlockW, kOrder> walk(t, at.inside);
+    constexpr int kBatch = batch_of(kBlockH, kMostLoads<kWordBytes>);
+    const Share<Index, kBlockH> share(t);
+    if (share.row >= t.rows) return;
+    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, share.row);
 
-    const Index words = kBlockH * kBlockW * static_cast<Index>(t.channels);
-    const Index step = blockDim.x * gridDim.y;
-    for (Index first = blockIdx.y * blockDim.x + threadIdx.x; first < words; first += kUnroll * step) {
-        Word word[kUnroll];
-        int64 target[kUnroll];
+    for (Index number = share.first; number < static_cast<Index>(t.columns); number += share.step) {
+        const Column<Index, kBlockW, kOrder> column(t, number);
+        const bool inside = column.column >= at.inside.column_begin && column.column < at.inside.column_end;
+        const Index end = inside ? at.inside.row_end : 0;
+        const Word* source =
+            word_at<Word>(static_cast<const void*>(t.image), at.image_origin + column.image_offset(t) +
+                                                                 static_cast<int64>(share.begin) * t.image_strides[1]);
+        Word* target = word_at<Word>(t.stack, at.stack_origin + column.stack_offset(t) +
+                                                  static_cast<int64>(share.begin) * t.stack_strides[1]);
+        for (Index row = share.begin; row < share.end; row += kBatch) {
+            Word word[kBatch];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const Index k = first + u * step;
-            const Spot spot = walk.spot(k);
-            word[u] = Word{};
-            target[u] = at.stack_origin + spot.stack_offset;
-            if (k < words && spot.inside) word[u] = load_constant<Word>(t.image, at.image_origin + spot.image_offset);
-        }
+            for (int u = 0; u < kBatch; ++u) {
+                word[u] = Word{};
+                if (row + u >= at.inside.row_begin && row + u < end) word[u] = __ldg(source);
+                source += t.image_strides[1];
+            }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            if (first + u * step < words) store(t.stack, target[u], word[u]);
+            for (int u = 0; u < kBatch; ++u) {
+                if (row + u < share.end) *target = word[u];
+                target += t.stack_strides[1];
+            }
         }
     }
 }
 
+// Writes a tile to the stack, in which the pixels of each block and channel are contiguous.
+template <int kPixelLanes, unsigned long long kBlockPixels, typename Tile, typename Part, typename Target>
+__device__ inline void write_along_pixels(const Transfer& t, const Tile& tile, const Part& part, Target target) {
+    using Word = typename Tile::Element;
+    using Shape = typename Tile::Shape;
+    constexpr int kRun = run_of(kBlockPixels, Shape::kPiece);
+    if constexpr (kPixelLanes > 1 && sizeof(Word) < 4 && kRun * sizeof(Word) >= 8) {
+        // Narrow words: each thread turns a patch of kRun pixels x 4 bytes of channels in its registers.
+        constexpr int kWide = 4 / sizeof(Word);
+        const Patches<Shape, kRun, kWide> groups(part);
+#pragma unroll 2
+        for (int k = groups.first; k < groups.count; k += groups.step) {
+            const Group group = groups(k);
+            if (!group.exists) continue;
+            const int slot = tile.slot(group.block, group.pixel, group.channel);
+            Vec<Word, kWide> pixels[kRun];
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) pixels[i] = load_lanes<Word, kWide>(tile.word, slot + i * tile.kPixelStep);
+#pragma unroll
+            for (int c = 0; c < kWide; ++c) {
+                Vec<Word, kRun> words;
+#pragma unroll
+                for (int i = 0; i < kRun; ++i) words.lane[i] = pixels[i].lane[c];
+                const Group line{group.block, group.pixel, group.channel + c, true};
+                if (line.channel < part.channels) store_lanes(t.stack, target(line), words);
+            }
+        }
+    } else {
+        constexpr int kLanes = Shape::kWhole || kBlockPixels % kPixelLanes == 0 ? kPixelLanes : 1;
+        const AlongPixels<Shape, kLanes> groups(part);
+#pragma unroll 1
+        for (int k = groups.first; k < groups.count; k += groups.step) {
+            const Group group = groups(k);
+            if (!group.exists) continue;
+            Vec<Word, kLanes> words;
+#pragma unroll
+            for (int i = 0; i < kLanes; ++i) words.lane[i] = tile.word[groups.template slot<Tile>(group, i)];
+            store_lanes(t.stack, target(group), words);
+        }
+    }
+}
+
+// Writes a tile to the stack, in which the channels of each pixel are contiguous.
+template <int kLanes, typename Tile, typename Part, typename Target>
+__device__ inline void write_along_channels(const Transfer& t, const Tile& tile, const Part& part, Target target) {
+    using Word = typename Tile::Element;
+    const AlongChannels<typename Tile::Shape, kLanes> groups(part);
+#pragma unroll 2
+    for (int k = groups.first; k < groups.count; k += groups.step) {
+        const Group group = groups(k);
+        if (!group.exists) continue;
+        const int slot = tile.slot(group.block, group.pixel, group.channel);
+        Vec<Word, kLanes> words;
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) words.lane[i] = tile.word[slot + i * tile.kChannelStep];
+        store_lanes(t.stack, target(group), words);
+    }
+}
+
 // One of image and stack is contiguous along channels, the other along pixels. Words are single elements here;
-// kImageLanes and kStackLanes of them are moved at once on either side.
-// Registers: at most 128.
-template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels, int kImageLanes,
-          int kStackLanes>
-__global__ void __launch_bounds__(kTileThreads, kMinCtas<Index>) gather_tiled(const Transfer t) {
+// kChannelLanes of them are moved at once along channels, and kPixelLanes along the pixels of a stack.
+// Registers: at most 80.
+template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels, int kChannelLanes,
+          int kPixelLanes>
+__global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t) {
     using Word = Raw<kWordBytes>;
     constexpr Index kPixels = kBlockH * kBlockW;
-    __shared__ Tile<Word> tile;
-    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, blockIdx.x);
+    using Shape = TileShape<kWordBytes, kPixels, false>;
+    __shared__ Placement<Index> placed[Shape::kBlocks];
+    const Cta cta(t);
+    const int64 first_row = cta.rows * Shape::kBlocks;
+    if (threadIdx.x < Shape::kBlocks && first_row + threadIdx.x < t.rows) {
+        placed[threadIdx.x] = place<Index, kBlockH, kBlockW>(t, first_row + threadIdx.x);
+    }
+    __syncthreads();
+    const Blocks<Placement<Index>, Shape::kBlocks> blocks(placed);
 
     const Index channels = static_cast<Index>(t.channels);
-    const Tiling<Word, Index, kPixels> tiles(channels);
-    for (Index k = blockIdx.y; k < tiles.count; k += gridDim.y) {
-        const Index first_pixel = tiles.first_pixel(k);
-        const Index first_channel = tiles.first_channel(k);
-        const auto read = [&](Index tile_pixel, Index tile_channel) {
-            const Index pixel = first_pixel + tile_pixel;
-            const Index channel = first_channel + tile_channel;
+    for (Index number = cta.part; number < Part<Shape, Index>::count(channels); number += t.ctas_per_row) {
+        const Part<Shape, Index> part(number, kPixels, channels, t.rows - first_row);
+        // Where a group lies in the image, and whether it does.
+        const auto locate = [&](const Group& group, int64& offset) {
+            const Placement<Index>& at = blocks[group.block];
+            const Index pixel = part.first_pixel + group.pixel;
             const Index row = pixel / kBlockW;
             const Index column = pixel % kBlockW;
-            Vec<Word, kImageLanes> words{};
-            if (channel < channels && at.inside.contains(row, column)) {
-                words = load_lanes<Word, kImageLanes>(
-                    t.image, at.image_origin + image_offset(t, row, column) + channel * t.image_strides[3]);
-            }
-#pragma unroll
-            for (int i = 0; i < kImageLanes; ++i) tile.word[tile_channel + i][tile_pixel] = words.lane[i];
+            if (!at.inside.contains(row, column)) return false;
+            offset = at.image_origin + image_offset(t, row, column) +
+                     static_cast<int64>(part.first_channel + group.channel) * t.image_strides[3];
+            return true;
         };
-        const auto write = [&](Index tile_pixel, Index tile_channel) {
-            const Index pixel = first_pixel + tile_pixel;
-            const Index channel = first_channel + tile_channel;
-            if (channel >= channels || pixel >= kPixels) return;
-            Vec<Word, kStackLanes> words;
-#pragma unroll
-            for (int i = 0; i < kStackLanes; ++i) {
-                words.lane[i] = kImageAlongChannels ? tile.word[tile_channel][tile_pixel + i]
-                                                    : tile.word[tile_channel + i][tile_pixel];
-            }
-            store_lanes(t.stack,
-                        at.stack_origin + stack_offset(t, pixel / kBlockW, pixel % kBlockW) +
-                            channel * t.stack_strides[3],
-                        words);
+        const auto target = [&](const Group& group) {
+            const Index pixel = part.first_pixel + group.pixel;
+            return (first_row + group.block) * t.stack_strides[0] +
+                   stack_offset<Index>(t, pixel / kBlockW, pixel % kBlockW) +
+                   static_cast<int64>(part.first_channel + group.channel) * t.stack_strides[3];
         };
         if constexpr (kImageAlongChannels) {
-            along_channels<Word, kImageLanes, Index>(read);
-            __syncthreads();
-            along_pixels<Word, kStackLanes, Index>(write);
+            __shared__ PixelTile<Word, Shape> tile;
+            fill<kChannelLanes>(tile, t.image, AlongChannels<Shape, kChannelLanes>(part), locate);
+            write_along_pixels<kPixelLanes, kPixels>(t, tile, part, target);
         } else {
-            static_assert(kImageLanes == 1, "blocks begin at any column: single words are all that is aligned");
-            along_pixels<Word, 1, Index>(read);
-            __syncthreads();
-            along_channels<Word, kStackLanes, Index>(write);
+            __shared__ ChannelTile<Word, Shape> tile;
+            fill<1>(tile, t.image, AlongPixels<Shape, 1>(part), locate);
+            write_along_channels<kChannelLanes>(t, tile, part, target);
         }
         __syncthreads();
     }

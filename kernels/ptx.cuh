@@ -72,4 +72,36 @@ __device__ inline double widen_exact(float a) {
 #endif
 }
 
+// Copies of fewer bytes cannot be asynchronous.
+constexpr int kLeastAsyncBytes = 4;
+
+// Copies kBytes (4, 8 or 16) from global to shared memory, or zeros where not `found`, without waiting: wait_async does.
+// Both addresses are multiples of kBytes; where not `found`, nothing is read.
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global, bool found) {
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "asynchronous copies have 4, 8 or 16 bytes");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const unsigned int target = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
+    const int bytes = found ? kBytes : 0;
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(bytes)
+                     : "memory");
+    }
+#else
+    struct alignas(kBytes) Piece {
+        unsigned int part[kBytes / 4];
+    };
+    *static_cast<Piece*>(shared) = found ? *static_cast<const Piece*>(global) : Piece{};
+#endif
+}
+
+// Waits until the calling thread's asynchronous copies are there. Other threads see them after a barrier.
+__device__ inline void wait_async() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 }  // namespace sbnet

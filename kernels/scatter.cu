@@ -1,270 +1,259 @@
-// sparse_scatter: block stack to image tensor. Each pixel is written once, by the threads of one of the rows that cover it:
-// the last where blocks overwrite, the first where they add. Those find the other rows through the cover map (or
-// the list, see cover.cuh), and add them in the order of the indices: so the result depends on the indices alone, to
-// the bit, and never on which CTA runs first.
+// sparse_scatter: block stack to image tensor. Each pixel is written by the threads of one row of the stack, in every run
+// the same: see cover.cuh for blocks that repeat, overlap.cuh for those that overlap.
 #include "combine.cuh"
 #include "cover.cuh"
+#include "overlap.cuh"
 #include "tile.cuh"
 
 namespace sbnet {
 
-// What a row has to do: which pixels it may write without looking at others, and which only after it has.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW>
+// What a row has to do where blocks do not overlap.
+template <typename Combine>
 struct Task {
-    Overlap<Index, kBlockH, kBlockW> overlap;
-    bool idle;        // nothing: out of use, outside of the image, or an equal block does it
-    bool shares;      // other rows may cover pixels of the block outside of `own`
-    bool near;        // and `nearby` tells which
-    Rect<Index> own;  // no other row covers these
+    bool idle;   // nothing: out of use, outside of the image, or an equal block does it
+    bool twins;  // equal blocks come after it, whose words it adds to its own
 
-    // All lanes of a warp ask for the same row.
-    __device__ Task(const Transfer& t, const Cover& cover, const Placement<Index>& at, int64 row, Nearby& nearby)
-        : overlap(t), idle(!at.touches_image), shares(false), near(false), own(at.inside) {
-        if (idle) return;
-        const Twins twins = cover.head != nullptr ? mapped_twins(t, cover, at, row) : listed_twins(t, row);
-        idle = Combine::kAdds ? twins.before : twins.after;
-        if (Combine::kAdds && twins.after) {
-            shares = true;
-            own = {0, 0, 0, 0};
-        } else if (overlap.exists()) {
-            shares = true;
-            bool above = true, below = true, left = true, right = true;
-            if (overlap.is_near()) {
-                near = nearby.load(t, cover, at) || !Combine::kAdds;
-                above = nearby.any(0, 1, 2);
-                below = nearby.any(6, 7, 8);
-                left = nearby.any(0, 3, 6);
-                right = nearby.any(2, 5, 8);
-            }
-            own = spared(at.inside, overlap, above, below, left, right);
-        }
-    }
+    __device__ Task(bool touches_image, const Twins& found)
+        : idle(!touches_image || (Combine::kAdds ? found.before : found.after)),
+          twins(!idle && Combine::kAdds && found.after) {}
 };
 
-// Combines words of a block with the image, where no other row covers them.
-template <typename Combine, int kLanes>
-__device__ inline void put(const Transfer& t, int64 offset, const Vec<typename Combine::Word, kLanes>& words) {
-    using Word = typename Combine::Word;
-    if constexpr (Combine::kAdds) {
-        Vec<Word, kLanes> result = load_lanes<Word, kLanes>(t.image, offset);
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) {
-            Combine sum(result.lane[i]);
-            sum.add(words.lane[i]);
-            result.lane[i] = sum.result();
-        }
-        store_lanes(t.image, offset, result);
-    } else {
-        store_lanes(t.image, offset, words);
-    }
-}
-
-// Offset in the stack of pixel (row, column) of another row's block, which lies (dh, dw) blocks further on.
+// By the map, if there is one; else by the list, and then all threads of the CTA ask for the same row.
 template <typename Index>
-__device__ inline int64 stack_pixel(const Transfer& t, const Covering& other, Index row, Index column) {
-    return other.row * t.stack_strides[0] +
-           (static_cast<int64>(row) - other.dh * t.height.stride) * t.stack_strides[1] +
-           (static_cast<int64>(column) - other.dw * t.width.stride) * t.stack_strides[2];
+__device__ inline Twins find_twins(const Transfer& t, const Cover& cover, const Placement<Index>& at, int64 row) {
+    return cover.head != nullptr ? mapped_twins(t, cover, at, row) : listed_twins(t, row);
 }
 
-// Writes the channels of one pixel that at most 2 x 2 blocks cover, told by the table: by the last of their rows where
-// they overwrite, by the first where they add, in the order of the grid.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW>
-__device__ inline void put_near(const Transfer& t, const Placement<Index>& at, int row, const Nearby& nearby,
-                                const Overlap<Index, kBlockH, kBlockW>& overlap, Index block_row, Index block_column,
-                                Index lane, Index lanes) {
+template <typename Combine>
+__device__ inline typename Combine::Word sum_of(const typename Combine::Word& base,
+                                                const typename Combine::Word& block) {
+    Combine sum(base);
+    sum.add(block);
+    return sum.result();
+}
+
+// Combines a thread's columns with the image, where owns(row, column) says so.
+template <typename Combine, Order kOrder, typename Index, Index kBlockH, Index kBlockW, typename Owns>
+__device__ inline void put_columns(const Transfer& t, const Placement<Index>& at, const Share<Index, kBlockH>& share,
+                                   Owns owns) {
     using Word = typename Combine::Word;
-    // Which neighbours reach the pixel: those below (1) or above (-1), right or left, never both.
-    const int dh = block_row >= overlap.stride_h ? 1 : kBlockH - 1 - block_row >= overlap.stride_h ? -1 : 0;
-    const int dw = block_column >= overlap.stride_w ? 1 : kBlockW - 1 - block_column >= overlap.stride_w ? -1 : 0;
-    Covering covering[4];
-    int64 source[4];
-    int first = kNoRow, last = kNoRow;
+    constexpr int kMost = kMostLoads<sizeof(Word)> / (Combine::kAdds ? 2 : 1);
+    constexpr int kBatch = batch_of(kBlockH, kMost);
+    const Index begin = at.inside.row_begin > share.begin ? at.inside.row_begin : share.begin;
+    const Index end = at.inside.row_end < share.end ? at.inside.row_end : share.end;
+    for (Index number = share.first; number < static_cast<Index>(t.columns); number += share.step) {
+        const Column<Index, kBlockW, kOrder> column(t, number);
+        if (column.column < at.inside.column_begin || column.column >= at.inside.column_end) continue;
+        const Word* source =
+            word_at<Word>(static_cast<const void*>(t.stack), at.stack_origin + column.stack_offset(t) +
+                                                                 static_cast<int64>(begin) * t.stack_strides[1]);
+        Word* target = word_at<Word>(t.image, at.image_origin + column.image_offset(t) +
+                                                  static_cast<int64>(begin) * t.image_strides[1]);
+        for (Index row = begin; row < end; row += kBatch) {
+            Word word[kBatch];
+            Word base[Combine::kAdds ? kBatch : 1];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int h = i / 2 + (dh < 0 ? -1 : 0);
-        const int w = i % 2 + (dw < 0 ? -1 : 0);
-        const bool reaches = h <= (dh > 0 ? 1 : 0) && w <= (dw > 0 ? 1 : 0);
-        covering[i] = {reaches ? nearby.at(h, w) : kNoRow, h, w};
-        source[i] = stack_pixel(t, covering[i], block_row, block_column);
-        if (covering[i].row != kNoRow && first == kNoRow) first = covering[i].row;
-        if (covering[i].row > last) last = covering[i].row;
-    }
-    if (row != (Combine::kAdds ? first : last)) return;
-    const int64 pixel = at.image_origin + image_offset(t, block_row, block_column);
-    const int64 own = stack_pixel(t, {row, 0, 0}, block_row, block_column);
-#pragma unroll 1
-    for (Index channel = lane; channel < static_cast<Index>(t.channels); channel += lanes) {
-        const int64 target = pixel + channel * t.image_strides[3];
-        const int64 offset = channel * t.stack_strides[3];
-        if constexpr (Combine::kAdds) {
-            Word word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (covering[i].row != kNoRow) word[i] = load<Word>(t.stack, source[i] + offset);
+            for (int u = 0; u < kBatch; ++u) {
+                if (row + u < end && owns(row + u, column.column)) {
+                    word[u] = *source;
+                    if constexpr (Combine::kAdds) base[u] = target[u * t.image_strides[1]];
+                }
+                source += t.stack_strides[1];
             }
-            Combine sum(load<Word>(t.image, target));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (covering[i].row != kNoRow) sum.add(word[i]);
+            for (int u = 0; u < kBatch; ++u) {
+                if constexpr (Combine::kAdds) word[u] = sum_of<Combine>(base[u], word[u]);
+                if (row + u < end && owns(row + u, column.column)) *target = word[u];
+                target += t.image_strides[1];
+            }
+        }
+    }
+}
+
+// Adds all words of a block and of its twins to the image, in the order of their rows.
+template <typename Combine, Order kOrder, typename Index, Index kBlockH, Index kBlockW>
+__device__ inline void put_twins(const Transfer& t, const Cover& cover, const Placement<Index>& at, int64 row,
+                                 const Share<Index, kBlockH>& share) {
+    using Word = typename Combine::Word;
+#pragma unroll 1
+    for (Index number = share.first; number < static_cast<Index>(t.columns); number += share.step) {
+        const Column<Index, kBlockW, kOrder> column(t, number);
+#pragma unroll 1
+        for (Index block_row = share.begin; block_row < share.end; ++block_row) {
+            if (!at.inside.contains(block_row, column.column)) continue;
+            const int64 target =
+                at.image_origin + column.image_offset(t) + static_cast<int64>(block_row) * t.image_strides[1];
+            const int64 source = column.stack_offset(t) + static_cast<int64>(block_row) * t.stack_strides[1];
+            Combine sum(load<Word>(t.image, target));
+#pragma unroll 1
+            for (int64 twin = row; twin != kNoRow; twin = next_twin(t, cover, twin)) {
+                sum.add(load<Word>(t.stack, twin * t.stack_strides[0] + source));
             }
             store(t.image, target, sum.result());
-        } else {
-            store(t.image, target, load<Word>(t.stack, own + offset));
-        }
-    }
-}
-
-// The same for any grid and any rows: searches for the next row each time.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW>
-__device__ inline void put_far(const Transfer& t, const Cover& cover, const Placement<Index>& at, int row,
-                               const Overlap<Index, kBlockH, kBlockW>& overlap, Index block_row, Index block_column,
-                               Index lane, Index lanes) {
-    using Word = typename Combine::Word;
-    const int64 pixel = at.image_origin + image_offset(t, block_row, block_column);
-#pragma unroll 1
-    for (Index channel = lane; channel < static_cast<Index>(t.channels); channel += lanes) {
-        const int64 target = pixel + channel * t.image_strides[3];
-        Combine result(load<Word>(t.image, target));
-        // To overwrite, a row looks for rows after it; to add, for all, of which it must be the first.
-        int previous = Combine::kAdds ? kNoRow : row;
-#pragma unroll 1
-        for (;;) {
-            const Covering next = cover.head != nullptr
-                                      ? next_covering(t, cover, at, overlap, block_row, block_column, previous)
-                                      : next_twin(t, row, previous);
-            if (next.row == kNoRow) break;
-            if (previous == (Combine::kAdds ? kNoRow : row) && next.row != row) return;
-            result.add(load<Word>(t.stack, stack_pixel(t, next, block_row, block_column) + channel * t.stack_strides[3]));
-            previous = next.row;
-        }
-        if constexpr (!Combine::kAdds) {
-            result.add(load<Word>(t.stack, stack_pixel(t, {row, 0, 0}, block_row, block_column) +
-                                               channel * t.stack_strides[3]));
-        }
-        store(t.image, target, result.result());
-    }
-}
-
-// All pixels of the block outside of `own`. Neighbouring threads take neighbouring channels of a pixel where those are
-// contiguous (t.shared_lanes of them), else neighbouring pixels.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW>
-__device__ inline void put_shared(const Transfer& t, const Cover& cover, const Placement<Index>& at, int row,
-                                  const Task<Combine, Index, kBlockH, kBlockW>& task, const Nearby& nearby) {
-    const Index lanes = static_cast<Index>(t.shared_lanes);
-    const Index thread = blockIdx.y * blockDim.x + threadIdx.x;
-    const Index groups = gridDim.y * blockDim.x / lanes;
-#pragma unroll 1
-    for (Index pixel = thread / lanes; pixel < kBlockH * kBlockW; pixel += groups) {
-        const Index r = pixel / kBlockW;
-        const Index c = pixel % kBlockW;
-        if (!at.inside.contains(r, c) || task.own.contains(r, c)) continue;
-        if (task.near) {
-            put_near<Combine>(t, at, row, nearby, task.overlap, r, c, thread % lanes, lanes);
-        } else {
-            put_far<Combine>(t, cover, at, row, task.overlap, r, c, thread % lanes, lanes);
         }
     }
 }
 
 // Image and stack are contiguous along the same axis (or along none).
-// Registers: at most 128.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
-__global__ void __launch_bounds__(kMaxThreads, kMinCtas<Index>) scatter(const Transfer t, const Cover cover) {
-    using Word = typename Combine::Word;
-    const int64 row = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (row >= t.rows) return;
-    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
-    __shared__ Nearby tables[kMaxThreads / kWarp];
-    Nearby& nearby = tables[(threadIdx.y * blockDim.x + threadIdx.x) / kWarp];
-    const Task<Combine, Index, kBlockH, kBlockW> task(t, cover, at, row, nearby);
-    if (task.idle) return;
-    const Walk<Index, kBlockH, kBlockW, kOrder> walk(t, task.own);
-
-    const Index words = kBlockH * kBlockW * static_cast<Index>(t.channels);
-    const Index step = blockDim.x * gridDim.y;
-    for (Index first = blockIdx.y * blockDim.x + threadIdx.x; first < words; first += kUnroll * step) {
-        Vec<Word, 1> word[kUnroll];
-        int64 target[kUnroll];
-        bool writes[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const Index k = first + u * step;
-            const Spot spot = walk.spot(k);
-            target[u] = at.image_origin + spot.image_offset;
-            writes[u] = k < words && spot.inside;
-            if (writes[u]) word[u].lane[0] = load<Word>(t.stack, at.stack_origin + spot.stack_offset);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            if (writes[u]) put<Combine>(t, target[u], word[u]);
+// Registers: at most 80.
+template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder, bool kOverlaps>
+__global__ void __launch_bounds__(kMaxThreads, 3) scatter(const Transfer t, const Cover cover) {
+    const Share<Index, kBlockH> share(t);
+    if (share.row >= t.rows) return;
+    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, share.row);
+    if constexpr (kOverlaps) {
+        __shared__ Nearby tables[kMaxThreads / kWarp];
+        Nearby& nearby = tables[threadIdx.x / kWarp];
+        const OverlapTask<Combine, Index, kBlockH, kBlockW> task(t, cover, at, share.row, nearby);
+        if (task.idle) return;
+        const auto owns = [&](Index row, Index column) { return task.owns(row, column); };
+        put_columns<Combine, kOrder, Index, kBlockH, kBlockW>(t, at, share, owns);
+        put_shared<Combine, kOrder>(t, cover, at, share.row, share, task, nearby);
+    } else {
+        const Task<Combine> task(at.touches_image, find_twins(t, cover, at, share.row));
+        if (task.idle) return;
+        if (task.twins) {
+            put_twins<Combine, kOrder, Index, kBlockH, kBlockW>(t, cover, at, share.row, share);
+        } else {
+            const auto owns = [](Index, Index) { return true; };
+            put_columns<Combine, kOrder, Index, kBlockH, kBlockW>(t, at, share, owns);
         }
     }
-    if (task.shares) put_shared(t, cover, at, static_cast<int>(row), task, nearby);
 }
 
-// One of image and stack is contiguous along channels, the other along pixels; see gather_tiled.
-// Registers: at most 128.
-template <typename Combine, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels, int kImageLanes,
-          int kStackLanes>
-__global__ void __launch_bounds__(kTileThreads, kMinCtas<Index>) scatter_tiled(const Transfer t, const Cover cover) {
+// A block in a CTA's tile.
+template <typename Index>
+struct Member {
+    Placement<Index> at;
+    bool puts;   // the tile's words are combined with the image
+    bool twins;  // put_twins does that instead
+};
+
+// Combines a tile with the image, in groups of kLanes elements, where owns(row, column) says so.
+template <typename Combine, int kLanes, typename Index, Index kBlockW, typename Members, typename Tile, typename Groups,
+          typename Part, typename Owns>
+__device__ inline void put_groups(const Transfer& t, const Members& members, const Tile& tile, const Groups& groups,
+                                  const Part& part, Owns owns) {
+    using Word = typename Combine::Word;
+    constexpr int kBatch = kLanes > 8 ? 1 : Combine::kAdds ? 4 : 2;  // more would not fit into registers
+    for (int first = groups.first; first < groups.count; first += kBatch * groups.step) {
+        Vec<Word, kLanes> base[kBatch];
+        int64 target[kBatch];
+        bool writes[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+            const Group group = groups(first + u * groups.step);
+            writes[u] = group.exists;
+            target[u] = 0;
+            if (writes[u]) {
+                const Member<Index>& member = members[group.block];
+                const Index pixel = part.first_pixel + group.pixel;
+                writes[u] = member.puts && member.at.inside.contains(pixel / kBlockW, pixel % kBlockW) &&
+                            owns(pixel / kBlockW, pixel % kBlockW);
+                target[u] = member.at.image_origin + image_offset<Index>(t, pixel / kBlockW, pixel % kBlockW) +
+                            static_cast<int64>(part.first_channel + group.channel) * t.image_strides[3];
+            }
+            if constexpr (Combine::kAdds) {
+                if (writes[u]) base[u] = load_lanes<Word, kLanes>(t.image, target[u]);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+            if (!writes[u]) continue;
+            const Group group = groups(first + u * groups.step);
+            const int slot = tile.slot(group.block, group.pixel, group.channel);
+            Vec<Word, kLanes> words;
+#pragma unroll
+            for (int i = 0; i < kLanes; ++i) {
+                words.lane[i] = tile.word[slot + i * Tile::kChannelStep];
+                if constexpr (Combine::kAdds) words.lane[i] = sum_of<Combine>(base[u].lane[i], words.lane[i]);
+            }
+            store_lanes(t.image, target[u], words);
+        }
+    }
+}
+
+// Combines the blocks of a CTA with the image, tile by tile.
+template <typename Combine, typename Shape, bool kImageAlongChannels, int kChannelLanes, int kPixelLanes,
+          typename Index, Index kBlockH, Index kBlockW, typename Owns>
+__device__ inline void put_tiles(const Transfer& t, const Cta& cta, const Member<Index>* shared_members, Owns owns) {
     using Word = typename Combine::Word;
     constexpr Index kPixels = kBlockH * kBlockW;
-    __shared__ Tile<Word> tile;
-    const int64 row = blockIdx.x;
-    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
-    __shared__ Nearby tables[kTileThreads / kWarp];
-    Nearby& nearby = tables[threadIdx.x / kWarp];
-    const Task<Combine, Index, kBlockH, kBlockW> task(t, cover, at, row, nearby);
-    if (task.idle) return;
-
+    const Blocks<Member<Index>, Shape::kBlocks> members(shared_members);
+    const int64 first_row = cta.rows * Shape::kBlocks;
     const Index channels = static_cast<Index>(t.channels);
-    const Tiling<Word, Index, kPixels> tiles(channels);
-    for (Index k = blockIdx.y; k < tiles.count; k += gridDim.y) {
-        const Index first_pixel = tiles.first_pixel(k);
-        const Index first_channel = tiles.first_channel(k);
-        const auto read = [&](Index tile_pixel, Index tile_channel) {
-            const Index pixel = first_pixel + tile_pixel;
-            const Index channel = first_channel + tile_channel;
-            if (channel >= channels || pixel >= kPixels) return;
-            const auto words = load_lanes<Word, kStackLanes>(
-                t.stack, at.stack_origin + stack_offset(t, pixel / kBlockW, pixel % kBlockW) +
-                             channel * t.stack_strides[3]);
-#pragma unroll
-            for (int i = 0; i < kStackLanes; ++i) {
-                if constexpr (kImageAlongChannels) {
-                    tile.word[tile_channel][tile_pixel + i] = words.lane[i];
-                } else {
-                    tile.word[tile_channel + i][tile_pixel] = words.lane[i];
-                }
-            }
-        };
-        const auto write = [&](Index tile_pixel, Index tile_channel) {
-            const Index pixel = first_pixel + tile_pixel;
-            const Index channel = first_channel + tile_channel;
-            const Index block_row = pixel / kBlockW;
-            const Index block_column = pixel % kBlockW;
-            if (channel >= channels || !task.own.contains(block_row, block_column)) return;
-            Vec<Word, kImageLanes> words;
-#pragma unroll
-            for (int i = 0; i < kImageLanes; ++i) words.lane[i] = tile.word[tile_channel + i][tile_pixel];
-            put<Combine>(t,
-                         at.image_origin + image_offset(t, block_row, block_column) + channel * t.image_strides[3],
-                         words);
+    for (Index number = cta.part; number < Part<Shape, Index>::count(channels); number += t.ctas_per_row) {
+        const Part<Shape, Index> part(number, kPixels, channels, t.rows - first_row);
+        const auto locate = [&](const Group& group, int64& offset) {
+            const Index pixel = part.first_pixel + group.pixel;
+            offset = (first_row + group.block) * t.stack_strides[0] +
+                     stack_offset<Index>(t, pixel / kBlockW, pixel % kBlockW) +
+                     static_cast<int64>(part.first_channel + group.channel) * t.stack_strides[3];
+            return members[group.block].puts;
         };
         if constexpr (kImageAlongChannels) {
-            along_pixels<Word, kStackLanes, Index>(read);
-            __syncthreads();
-            along_channels<Word, kImageLanes, Index>(write);
+            __shared__ ChannelTile<Word, Shape> tile;
+            constexpr int kLanes = Shape::kWhole || kPixels % kPixelLanes == 0 ? kPixelLanes : 1;
+            fill<kLanes>(tile, t.stack, AlongPixels<Shape, kLanes>(part), locate);
+            const AlongChannels<Shape, kChannelLanes> groups(part);
+            put_groups<Combine, kChannelLanes, Index, kBlockW>(t, members, tile, groups, part, owns);
         } else {
-            static_assert(kImageLanes == 1, "blocks begin at any column: single words are all that is aligned");
-            along_channels<Word, kStackLanes, Index>(read);
-            __syncthreads();
-            along_pixels<Word, 1, Index>(write);
+            __shared__ PixelTile<Word, Shape> tile;
+            fill<kChannelLanes>(tile, t.stack, AlongChannels<Shape, kChannelLanes>(part), locate);
+            const AlongPixels<Shape, 1> groups(part);
+            put_groups<Combine, 1, Index, kBlockW>(t, members, tile, groups, part, owns);
         }
         __syncthreads();
     }
-    if (task.shares) put_shared(t, cover, at, static_cast<int>(row), task, nearby);
+}
+
+// One of image and stack is contiguous along channels, the other along pixels; see gather_tiled.
+// Registers: at most 80.
+template <typename Combine, typename Index, Index kBlockH, Index kBlockW, bool kImageAlongChannels, int kChannelLanes,
+          int kPixelLanes, bool kOverlaps>
+__global__ void __launch_bounds__(kTileThreads, 3) scatter_tiled(const Transfer t, const Cover cover) {
+    using Shape = TileShape<sizeof(typename Combine::Word), kBlockH * kBlockW, kOverlaps>;
+    __shared__ Member<Index> members[Shape::kBlocks];
+    const Cta cta(t);
+    const int64 row = cta.rows * Shape::kBlocks + (Shape::kBlocks == 1 ? 0 : threadIdx.x);
+    const bool takes = row < t.rows && (Shape::kBlocks == 1 || threadIdx.x < Shape::kBlocks);
+    constexpr Order kOrder = kImageAlongChannels ? Order::kChannels : Order::kColumns;
+    const Share<Index, kBlockH> share{row, static_cast<Index>(cta.part * kTileThreads + threadIdx.x),
+                                      static_cast<Index>(t.ctas_per_row * kTileThreads), 0, kBlockH};
+    if constexpr (kOverlaps) {
+        __shared__ Nearby tables[kTileThreads / kWarp];
+        Nearby& nearby = tables[threadIdx.x / kWarp];
+        const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
+        const OverlapTask<Combine, Index, kBlockH, kBlockW> task(t, cover, at, row, nearby);
+        if (task.idle) return;
+        if (threadIdx.x == 0) members[0] = {at, task.near, false};
+        __syncthreads();
+        const auto owns = [&](Index pixel_row, Index column) { return task.owns(pixel_row, column); };
+        put_tiles<Combine, Shape, kImageAlongChannels, kChannelLanes, kPixelLanes, Index, kBlockH, kBlockW>(
+            t, cta, members, owns);
+        put_shared<Combine, kOrder>(t, cover, at, row, share, task, nearby);
+    } else {
+        // Blocks that share a CTA are looked up by one thread each; a block of its own by all.
+        if (takes) {
+            const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
+            const Task<Combine> task(at.touches_image, find_twins(t, cover, at, row));
+            if (Shape::kBlocks == 1 && task.idle) return;
+            if (Shape::kBlocks > 1 || threadIdx.x == 0) {
+                members[Shape::kBlocks == 1 ? 0 : threadIdx.x] = {at, !task.idle && !task.twins, task.twins};
+            }
+        }
+        __syncthreads();
+        const auto owns = [](Index, Index) { return true; };
+        put_tiles<Combine, Shape, kImageAlongChannels, kChannelLanes, kPixelLanes, Index, kBlockH, kBlockW>(
+            t, cta, members, owns);
+        if constexpr (Combine::kAdds) {
+            for (int k = 0; k < Shape::kBlocks && cta.rows * Shape::kBlocks + k < t.rows; ++k) {
+                if (!members[k].twins) continue;
+                put_twins<Combine, kOrder, Index, kBlockH, kBlockW>(t, cover, members[k].at,
+                                                                    cta.rows * Shape::kBlocks + k, share);
+            }
+        }
+    }
 }
 
 }  // namespace sbnet

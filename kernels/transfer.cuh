@@ -1,4 +1,4 @@
-// What gather and scatter share: the packed argument, where a block lies, and how threads walk over it.
+// What gather and scatter share: the packed argument, where a block lies, and how threads divide it among them.
 #pragma once
 
 #include "vec.cuh"
@@ -9,6 +9,16 @@ namespace sbnet {
 // begins at pixel `start + k * stride` for 0 <= k < count; any other index lies outside of the image.
 struct Axis {
     int64 first, count, start, stride, extent;
+};
+
+// n / divisor == n * magic >> shift for 0 <= n < 2^31.
+struct Divisor {
+    int64 magic, shift;
+
+    __device__ unsigned int operator()(unsigned int n) const {
+        return static_cast<unsigned int>(static_cast<unsigned long long>(n) * static_cast<unsigned int>(magic) >>
+                                         static_cast<int>(shift));
+    }
 };
 
 // Argument of every gather and scatter kernel. Mirrored, field by field, by _transfer.py. All strides are in words,
@@ -23,19 +33,16 @@ struct Transfer {
     int64 index_strides[2];
     int64 rows;
     int64 batch;
-    int64 channels;              // in words
-    int64 run;                   // words that lie one after the other in image and stack, see Order
-    int64 run_magic, run_shift;  // k / run == k * run_magic >> run_shift for 0 <= k < 2^31
-    int64 shared_lanes;          // threads that take one pixel's channels where rows share it: a power of two, at most kWarp
+    int64 channels;  // in words
+    Divisor by_channels;
+    int64 columns;       // of words in a block: block width x channels
+    int64 rows_per_cta;  // stack rows that a CTA takes, more than 1 only where it has threads for all their columns
+    int64 slot;          // threads that each of them has then: at least `columns`
+    Divisor by_slot;
+    int64 ctas_per_row;  // CTAs that share the columns, or the tiles, of the stack rows of one CTA
+    Divisor by_ctas_per_row;
+    int64 lines;         // rows of a block that a thread walks down
     Axis height, width;
-};
-
-// How a block is taken apart into runs of words that lie one after the other in image and stack; consecutive
-// threads take consecutive words of a run.
-enum class Order {
-    kRows,     // a run is a row of the block: pixels and channels are dense
-    kPixels,   // a run is a pixel: its channels are
-    kColumns,  // a run is a row of one channel: the columns are
 };
 
 // Pixels of a block.
@@ -51,54 +58,62 @@ struct Rect {
 // The block of one stack row.
 template <typename Index>
 struct Placement {
-    bool touches_image;      // false for rows out of use, out of the batch or out of the image
-    int64 image_index;       // of the block in the batch
-    int64 cell_h, cell_w;    // block indices, counted from the first ones that touch the image
-    int64 image_origin;      // offset of the block's pixel (0, 0), also where that is outside of the image
-    int64 stack_origin;      // offset of the stack row
-    Rect<Index> inside;      // in-image pixels
+    bool touches_image;            // false for rows out of use, out of the batch or out of the image
+    unsigned int image_index;      // of the block in the batch
+    unsigned int cell_h, cell_w;   // block indices, counted from the first ones that touch the image
+    int64 image_origin;            // offset of the block's pixel (0, 0), also where that is outside of the image
+    int64 stack_origin;            // offset of the stack row
+    Rect<Index> inside;            // in-image pixels
+};
+
+// Pixel coordinates, which are negative beyond the upper and the left edge. 32 bits are enough for them where they
+// are for Index: the host sees to that.
+template <typename Index>
+struct SignedOf;
+template <>
+struct SignedOf<unsigned int> {
+    using type = int;
+};
+template <>
+struct SignedOf<unsigned long long> {
+    using type = int64;
 };
 
 // In-image part [begin, end) of a block of kSize pixels that begins at pixel `origin`.
-template <typename Index, Index kSize>
-__device__ inline void clip(int64 origin, int64 extent, Index& begin, Index& end) {
+template <typename Index, Index kSize, typename Signed>
+__device__ inline void clip(Signed origin, Signed extent, Index& begin, Index& end) {
     begin = origin < 0 ? static_cast<Index>(-origin) : Index{0};
-    end = extent - origin < static_cast<int64>(kSize) ? static_cast<Index>(extent - origin) : kSize;
+    end = extent - origin < static_cast<Signed>(kSize) ? static_cast<Index>(extent - origin) : kSize;
 }
 
 template <typename Index, Index kBlockH, Index kBlockW>
 __device__ inline Placement<Index> place(const Transfer& t, int64 row) {
+    using Signed = typename SignedOf<Index>::type;
     // All four are asked for before any is looked at: one trip to memory, not two.
     const int* triple = t.indices + row * t.index_strides[0];
-    const int64 n = triple[0];
-    const int64 cell_h = triple[t.index_strides[1]] - t.height.first;
-    const int64 cell_w = triple[2 * t.index_strides[1]] - t.width.first;
+    const unsigned int n = triple[0];
+    const unsigned int index_h = triple[t.index_strides[1]];
+    const unsigned int index_w = triple[2 * t.index_strides[1]];
     const int64 count = *t.bin_counts;
 
+    // Unsigned differences: what comes before the first is beyond every count.
     Placement<Index> at;
-    at.touches_image = row < count && n >= 0 && n < t.batch && cell_h >= 0 && cell_h < t.height.count && cell_w >= 0 &&
-                       cell_w < t.width.count;
+    at.image_index = n;
+    at.cell_h = index_h - static_cast<unsigned int>(t.height.first);
+    at.cell_w = index_w - static_cast<unsigned int>(t.width.first);
+    at.touches_image = row < count && n < t.batch && at.cell_h < t.height.count && at.cell_w < t.width.count;
     at.stack_origin = row * t.stack_strides[0];
-    at.image_index = at.cell_h = at.cell_w = at.image_origin = 0;
+    at.image_origin = 0;
     at.inside = {0, 0, 0, 0};
     if (!at.touches_image) return at;
     // From here on every number is bounded by the image and block sizes, whatever the indices hold.
-    const int64 y = t.height.start + cell_h * t.height.stride;
-    const int64 x = t.width.start + cell_w * t.width.stride;
-    at.image_index = n;
-    at.cell_h = cell_h;
-    at.cell_w = cell_w;
+    const Signed y = static_cast<Signed>(t.height.start) + static_cast<Signed>(at.cell_h) * static_cast<Signed>(t.height.stride);
+    const Signed x = static_cast<Signed>(t.width.start) + static_cast<Signed>(at.cell_w) * static_cast<Signed>(t.width.stride);
     at.image_origin = n * t.image_strides[0] + y * t.image_strides[1] + x * t.image_strides[2];
-    clip<Index, kBlockH>(y, t.height.extent, at.inside.row_begin, at.inside.row_end);
-    clip<Index, kBlockW>(x, t.width.extent, at.inside.column_begin, at.inside.column_end);
+    clip<Index, kBlockH>(y, static_cast<Signed>(t.height.extent), at.inside.row_begin, at.inside.row_end);
+    clip<Index, kBlockW>(x, static_cast<Signed>(t.width.extent), at.inside.column_begin, at.inside.column_end);
     return at;
 }
-
-// Where one word lies, counted from the origins of its block.
-struct Spot {
-    int64 image_offset, stack_offset;
-    bool inside;  // of the rectangle that the walk was given
-};
 
 // Offsets of a pixel's first channel.
 template <typename Index>
@@ -110,71 +125,84 @@ __device__ inline int64 stack_offset(const Transfer& t, Index row, Index column)
     return static_cast<int64>(row) * t.stack_strides[1] + static_cast<int64>(column) * t.stack_strides[2];
 }
 
-// Numbers the words of a block along its runs, and finds the k-th.
-template <typename Index, Index kBlockH, Index kBlockW, Order kOrder>
-struct Walk {
-    const Transfer& t;
-    Rect<Index> rect;
+// What consecutive threads step along: what is contiguous in image and stack.
+enum class Order { kChannels, kColumns };
 
-    __device__ Walk(const Transfer& transfer, const Rect<Index>& pixels) : t(transfer), rect(pixels) {
-        if constexpr (kOrder == Order::kRows) {  // columns are counted in words
-            rect.column_begin *= static_cast<Index>(t.channels);
-            rect.column_end *= static_cast<Index>(t.channels);
-        }
-    }
+// One word of each row of a block: a thread takes a column and walks down its rows. All it needs to know then changes
+// once a column, and each further word costs an addition to two addresses.
+template <typename Index, Index kBlockW, Order kOrder>
+struct Column {
+    Index column, channel;
 
-    __device__ Spot spot(Index k) const {
-        if constexpr (kOrder == Order::kRows) {
-            const Index row = by_run(k);
-            const Index word = k - row * static_cast<Index>(t.run);
-            return {static_cast<int64>(row) * t.image_strides[1] + static_cast<int64>(word),
-                    static_cast<int64>(row) * t.stack_strides[1] + static_cast<int64>(word), rect.contains(row, word)};
-        } else {
-            Index row, column, channel;
-            if constexpr (kOrder == Order::kPixels) {
-                const Index pixel = by_run(k);
-                channel = k - pixel * static_cast<Index>(t.run);
-                row = pixel / kBlockW;
-                column = pixel % kBlockW;
+    __device__ Column(const Transfer& t, Index number) {
+        if constexpr (kOrder == Order::kChannels) {
+            if constexpr (sizeof(Index) == 4) {
+                column = t.by_channels(number);
             } else {
-                const Index line = k / kBlockW;
-                column = k % kBlockW;
-                row = line % kBlockH;
-                channel = line / kBlockH;
+                column = number / static_cast<Index>(t.channels);
             }
-            return {image_offset(t, row, column) + static_cast<int64>(channel) * t.image_strides[3],
-                    stack_offset(t, row, column) + static_cast<int64>(channel) * t.stack_strides[3],
-                    rect.contains(row, column)};
+            channel = number - column * static_cast<Index>(t.channels);
+        } else {
+            channel = number / kBlockW;
+            column = number % kBlockW;
         }
     }
 
-   private:
-    __device__ Index by_run(Index k) const {
-        if constexpr (sizeof(Index) == 4) {
-            return static_cast<Index>(static_cast<unsigned long long>(k) * static_cast<unsigned int>(t.run_magic) >>
-                                      static_cast<int>(t.run_shift));
-        } else {
-            return k / static_cast<Index>(t.run);
-        }
+    __device__ int64 image_offset(const Transfer& t) const {
+        return static_cast<int64>(column) * t.image_strides[2] + static_cast<int64>(channel) * t.image_strides[3];
+    }
+    __device__ int64 stack_offset(const Transfer& t) const {
+        return static_cast<int64>(column) * t.stack_strides[2] + static_cast<int64>(channel) * t.stack_strides[3];
+    }
+};
+
+// Which group of stack rows a CTA works on, and which part of their columns or tiles. Neighbouring CTAs work on neighbouring
+// memory.
+struct Cta {
+    int64 rows;
+    unsigned int part;
+
+    __device__ explicit Cta(const Transfer& t) {
+        const unsigned int group = t.by_ctas_per_row(blockIdx.x);
+        rows = group;
+        part = blockIdx.x - group * static_cast<unsigned int>(t.ctas_per_row);
+    }
+};
+
+// A thread's share of the work: columns `first`, `first + step`, ... of one stack row, and rows [begin, end) of its
+// block, of which blockIdx.y counts the parts.
+template <typename Index, Index kBlockH>
+struct Share {
+    int64 row;  // t.rows for threads that are left over
+    Index first, step, begin, end;
+
+    __device__ Share(int64 of_row, Index first_column, Index every, Index first_line, Index last_line)
+        : row(of_row), first(first_column), step(every), begin(first_line), end(last_line) {}
+    __device__ explicit Share(const Transfer& t) {
+        const Cta cta(t);
+        const bool alone = t.rows_per_cta == 1;
+        const unsigned int slot = alone ? 0 : t.by_slot(threadIdx.x);
+        row = slot < t.rows_per_cta ? cta.rows * t.rows_per_cta + slot : t.rows;
+        step = alone ? static_cast<Index>(t.ctas_per_row) * blockDim.x : static_cast<Index>(t.slot);
+        first = static_cast<Index>(cta.part) * blockDim.x + (threadIdx.x - slot * static_cast<unsigned int>(t.slot));
+        begin = blockIdx.y * static_cast<Index>(t.lines);
+        end = kBlockH - begin < static_cast<Index>(t.lines) ? kBlockH : begin + static_cast<Index>(t.lines);
     }
 };
 
 // Threads of a CTA. The host may launch fewer, never more.
 constexpr int kMaxThreads = 256;
 
-// CTAs that must fit on a multiprocessor. Without a number the assembler (13.5) aims for 4 or 8, and spills to get there.
-// On Hopper 3 fit without spilling, and adding blocks went from 0.81 to 0.90 of the copy bandwidth with them; for other
-// generations, and where counting takes 64 bits, 3 would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-template <typename Index>
-constexpr int kMinCtas = sizeof(Index) == 4 ? 3 : 2;
-#else
-template <typename Index>
-constexpr int kMinCtas = 2;
-#endif
+// Words that a thread loads before it stores the first: at most kMost, and so that the batches of a block of kRows
+// rows are about even.
+template <int kWordBytes>
+constexpr int kMostLoads = kWordBytes == 16 ? 9 : 12;
 
-// Words that a thread loads before it stores the first: enough loads in flight to cover memory latency.
-constexpr int kUnroll = 4;
+template <typename Index>
+constexpr int batch_of(Index rows, int most) {
+    const Index batches = (rows + most - 1) / most;
+    return static_cast<int>((rows + batches - 1) / batches);
+}
 
 constexpr int kWarp = 32;
 

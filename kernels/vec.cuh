@@ -40,25 +40,35 @@ struct alignas(sizeof(T) * kLanes) Vec {
 
 // The word at index `offset` of the tensor at `address`, counted in words.
 template <typename Word>
-__device__ inline Word load(const void* address, int64 offset) {
-    return static_cast<const Word*>(address)[offset];
+__device__ inline const Word* word_at(const void* address, int64 offset) {
+    return static_cast<const Word*>(address) + offset;
 }
-
-// The same from memory that nothing writes while the kernel runs, which allows the read-only cache.
 template <typename Word>
-__device__ inline Word load_constant(const void* address, int64 offset) {
-    return __ldg(static_cast<const Word*>(address) + offset);
+__device__ inline Word* word_at(void* address, int64 offset) {
+    return static_cast<Word*>(address) + offset;
 }
-
+template <typename Word>
+__device__ inline Word load(const void* address, int64 offset) {
+    return *word_at<Word>(address, offset);
+}
 template <typename Word>
 __device__ inline void store(void* address, int64 offset, const Word& word) {
-    static_cast<Word*>(address)[offset] = word;
+    *word_at<Word>(address, offset) = word;
 }
 
 // kLanes words from the one at index `offset` on, which is a multiple of kLanes words from an aligned address.
 template <typename Word, int kLanes>
 __device__ inline Vec<Word, kLanes> load_lanes(const void* address, int64 offset) {
     return *reinterpret_cast<const Vec<Word, kLanes>*>(static_cast<const Word*>(address) + offset);
+}
+
+// The same from memory that nothing writes while the kernel runs.
+template <typename Word, int kLanes>
+__device__ inline Vec<Word, kLanes> load_lanes_constant(const void* address, int64 offset) {
+    using All = Raw<sizeof(Word) * kLanes>;
+    Vec<Word, kLanes> words;
+    *reinterpret_cast<All*>(&words) = __ldg(reinterpret_cast<const All*>(static_cast<const Word*>(address) + offset));
+    return words;
 }
 
 template <typename Word, int kLanes>

@@ -11,7 +11,7 @@ from . import _jit
 from ._affine import Affine
 from ._geometry import Axis, BlockGrid
 from ._instances import Instance, activate_instance, activate_lanes
-from ._transfer import pack_axis
+from ._transfer import MOST_IMAGES, pack_axis
 from ._validate import Spec, spec_of
 
 #: Threads of a CTA and pixels that a thread loads at once, as in kernels/transfer.cuh.
@@ -84,7 +84,7 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
     axes = (Axis(0, 0, 0, 1, height, height), Axis(0, 0, 0, 1, width, width))
     if where is not None:
         (step, part), grid, shape = where
-        index_strides, batch, axes = (step // 4, part // 4), shape[0], grid.axes(shape[1], shape[2])
+        index_strides, batch, axes = (step // 4, part // 4), min(shape[0], MOST_IMAGES), grid.axes(shape[1], shape[2])
     argument = _jit.Template(
         [
             *_word_strides(source, lanes),

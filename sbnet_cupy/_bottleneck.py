@@ -17,13 +17,13 @@ from ._stack_conv import use_tf32
 from ._validate import (
     Spec,
     array_namespace,
-    byte_bounds,
     check_image,
     check_indices,
     check_like,
     check_output,
     check_place,
     current_device,
+    same_memory,
     spec_of,
 )
 
@@ -281,7 +281,7 @@ def sparse_res_block_bottleneck(
     xp, layers = _parse(x, weights, strides, indices._asdict(), out=out)
     check_params(params, layers)
     check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
-    in_place = out is not None and _same_memory(x, out)
+    in_place = out is not None and same_memory(x, out)
     if out is not None:
         _check_out(out, x, weights, indices, layers[-1].out_size, in_place, xp)
     how = Arithmetic(xp, use_tf32(allow_tf32))
@@ -317,10 +317,6 @@ def _shortcut(x: Any, weights: BottleneckWeights, layers: tuple[Layer, ...], how
         return x
     strides = layers[1].strides
     return convolve_image(x, weights.project, make_layer(x.shape[1:3], (1, 1), strides, "SAME"), IDENTITY, how)
-
-
-def _same_memory(x: Any, out: Any) -> bool:
-    return out is x or (spec_of(out)[:3] == spec_of(x)[:3] and byte_bounds(out) == byte_bounds(x))
 
 
 def _parse(

@@ -13,7 +13,6 @@ from ._conv_geometry import (
     block_params,
     make_layer,
     parse_padding,
-    parse_size,
     parse_strides,
 )
 from ._reduce_mask import BlockIndices
@@ -25,8 +24,10 @@ from ._validate import (
     check_image,
     check_indices,
     check_like,
+    check_output,
     check_place,
     current_device,
+    same_memory,
     spec_of,
 )
 
@@ -86,7 +87,7 @@ def conv2d(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. It allocates the result, the padded
     images, the result for the padded images (in float32 for half types), with strides other than 1 the pixels of the
-    padded images once more, and scratch memory of the library that multiplies. cuBLAS promises the same bits in every
+    padded images once more, and 32 MiB for cuBLAS (or what cuDNN asks for). cuBLAS promises the same bits in every
     run on the same GPU with the same version.
     """
     xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {})
@@ -102,6 +103,7 @@ def sparse_conv2d(
     strides: Any = 1,
     padding: Padding = "SAME",
     base: Any = None,
+    out: Any = None,
     bias: Any = None,
     activation: str | None = None,
     allow_tf32: bool | None = None,
@@ -119,16 +121,19 @@ def sparse_conv2d(
         block size.
     base : ndarray, shape (N, H_out, W_out, K), optional
         Values outside of the active tiles, of the dtype of `x`; 0 where it is None.
+    out : ndarray, optional
+        Where to put the result: of its shape and the dtype of `x`, in any strides. It shares no memory with an input or
+        is `base` itself: that touches the active tiles only, and saves a copy.
 
     Returns
     -------
     ndarray, shape (N, H_out, W_out, K)
-        A new array of the dtype of `x`; `base` is not changed.
+        The result, of the dtype of `x` (`out` where it was given). `base` is not changed, unless it is `out`.
 
     Raises
     ------
     TypeError, ValueError
-        As in :func:`conv2d`; and where `indices`, `params` or `base` do not fit.
+        As in :func:`conv2d`; and where `indices`, `params`, `base` or `out` do not fit. Nothing is changed then.
 
     Notes
     -----
@@ -137,23 +142,31 @@ def sparse_conv2d(
     rounding.
 
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
-    after a first call. It allocates the result, the stack of gathered blocks, that of the results (in float32 for
-    half types of kernels larger than 1x1), and with `bias`, `activation` or such half types one of the results in the
-    dtype of `x`; with strides other than 1 the gathered pixels once more; and scratch memory of the
-    library that multiplies. All but the result goes back to CuPy's pool on return.
+    after a first call. It allocates the result unless `out` is given; and for the time of the call, from CuPy's pool,
+    the stack of gathered blocks, that of the results (in float32 for half types and kernels larger than 1x1), one more
+    of the results where they have to be rounded or something follows, with strides other than 1 the gathered pixels
+    once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
     """
     check_blocks(indices, params)
-    others = {**indices._asdict(), **({} if base is None else {"base": base})}
-    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, others)
+    given = {name: array for name, array in (("base", base), ("out", out)) if array is not None}
+    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {**indices._asdict(), **given})
     check_params(params, (layer,))
     check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
     shape = (x.shape[0], *layer.out_size, w.shape[3])
-    if base is not None:
-        check_like("base", spec_of(base), x.dtype, shape, "N, H_out, W_out, K")
-        check_place("base", spec_of(base), current_device(xp))
+    for name, array in given.items():
+        check_like(name, spec_of(array), x.dtype, shape, "N, H_out, W_out, K")
+        check_place(name, spec_of(array), current_device(xp))
+    in_place = out is not None and base is not None and same_memory(out, base)
+    if out is not None:
+        inputs = {"x": x, "w": w, "base": None if in_place else base, "bias": bias, **indices._asdict()}
+        check_output("out", out, **{name: array for name, array in inputs.items() if array is not None})
     stacks = BlockStacks(indices, (layer,), params, x.shape[0], Arithmetic(xp, use_tf32(allow_tf32)))
     stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
-    return stacks.scatter(stack, xp.zeros(shape, x.dtype) if base is None else base.copy(), add=False)
+    if out is None:
+        out = xp.zeros(shape, x.dtype) if base is None else base.copy()
+    elif not in_place:
+        out[...] = 0 if base is None else base
+    return stacks.scatter(stack, out, add=False)
 
 
 def check_blocks(indices: Any, params: Any) -> None:
@@ -168,7 +181,7 @@ def check_blocks(indices: Any, params: Any) -> None:
 def check_params(params: BlockParams, layers: tuple[Layer, ...]) -> None:
     """Raise unless these are the blocks of a chain of convolutions."""
     try:
-        expected = block_params(layers, parse_size("bsize", params.bsize))
+        expected = block_params(layers, params.bsize)
     except ValueError as error:
         raise ValueError(f"params: {error}") from None
     if params != expected:

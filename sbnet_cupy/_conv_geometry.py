@@ -29,6 +29,8 @@ class BlockParams:
     Gather with ``bsize``, ``boffset`` and ``bstrides``; scatter with ``bsize_out``, offset (0, 0) and stride
     ``bsize_out``: output tiles lie side by side.
 
+    Made by :func:`calc_block_params` and :func:`calc_block_params_res_block`.
+
     Attributes
     ----------
     bsize : (int, int)
@@ -48,6 +50,10 @@ class BlockParams:
     boffset: Pair
     bcount: Pair
     bstrides: Pair
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("bsize", 1), ("bsize_out", 1), ("boffset", None), ("bcount", 0), ("bstrides", 1)):
+            object.__setattr__(self, name, parse_pair(name, getattr(self, name), minimum=minimum))
 
     @property
     def grid_in(self) -> BlockGrid:

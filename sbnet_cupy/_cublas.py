@@ -68,8 +68,7 @@ class Multiplier:
         float32, or float64 for float64; `tf32` lets float32 factors be rounded to TF32.
         """
         rows, inner, columns = sizes
-        factor, result = (_DATA_TYPES[dtype.name] for dtype in dtypes)
-        compute = compute_type(dtypes[0], tf32)
+        factor, result, compute = _types(*dtypes, tf32)
         zero, one = _DOUBLES if compute == _COMPUTE_64F else _FLOATS
         # cuBLAS counts along columns: to it, a row-major matrix is its own transpose, and y' = w' x'.
         _call(
@@ -83,11 +82,17 @@ class Multiplier:
         )
 
 
-def compute_type(dtype: np.dtype[Any], tf32: bool) -> int:
-    """In what a product of `dtype` is computed. Without `tf32`, float32 is IEEE float32 (CUBLAS_COMPUTE_32F)."""
-    if dtype.name == "float64":
+@functools.cache
+def _types(factor: np.dtype[Any], result: np.dtype[Any], tf32: bool) -> tuple[int, int, int]:
+    """Of a product: cuBLAS's numbers for the types of its factors, of its result, and of its sums."""
+    return _DATA_TYPES[factor.name], _DATA_TYPES[result.name], compute_type(factor, tf32)
+
+
+def compute_type(factor: np.dtype[Any], tf32: bool) -> int:
+    """In what products of `factor` are summed. Without `tf32`, float32 is IEEE float32 (CUBLAS_COMPUTE_32F)."""
+    if factor.name == "float64":
         return _COMPUTE_64F
-    return _COMPUTE_32F_FAST_TF32 if tf32 and dtype.name == "float32" else _COMPUTE_32F
+    return _COMPUTE_32F_FAST_TF32 if tf32 and factor.name == "float32" else _COMPUTE_32F
 
 
 def _call(name: str, *arguments: Any) -> None:

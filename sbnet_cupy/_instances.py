@@ -72,15 +72,15 @@ class Instance(NamedTuple):
 class Walk(NamedTuple):
     """How a gather or scatter kernel goes through a block: what its template needs besides size and type."""
 
-    #: "rows", "pixels" or "columns": see Order in kernels/transfer.cuh. "tiled": transpose through shared memory.
+    #: "channels" or "columns": see Order in kernels/transfer.cuh. "tiled": turn in shared memory, see kernels/tile.cuh.
     order: str
     #: Bytes that a thread moves at once; for "tiled" those of one element.
     word: int
     #: For "tiled": whether the image, not the stack, is contiguous along channels.
     image_along_channels: bool = False
-    #: For "tiled": elements that a thread moves at once on either side.
-    image_lanes: int = 1
-    stack_lanes: int = 1
+    #: For "tiled": elements that a thread moves at once along channels, and along pixels.
+    channel_lanes: int = 1
+    pixel_lanes: int = 1
     #: Whether a block has so many words that counting them takes 64 bits.
     wide: bool = False
 
@@ -90,25 +90,29 @@ def gather_instance(walk: Walk, bsize: tuple[int, int]) -> Instance:
     return Instance("gather.cu", _transfer_expression("gather", str(walk.word), walk, bsize))
 
 
-def scatter_instance(walk: Walk, bsize: tuple[int, int], dtype: np.dtype[Any], add: bool) -> Instance:
-    """The scatter kernel for blocks of `bsize`; `dtype` matters only to `add`."""
+def scatter_instance(
+    walk: Walk, bsize: tuple[int, int], dtype: np.dtype[Any], add: bool, overlaps: bool = False
+) -> Instance:
+    """The scatter kernel for blocks of `bsize`, which may overlap; `dtype` matters only to `add`."""
     if add:
         summand = _SUMMANDS[dtype.name]
         part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
         combine = f"sbnet::Sum<{summand}, {walk.word // part}>"
     else:
         combine = f"sbnet::Overwrite<{walk.word}>"
-    return Instance("scatter.cu", _transfer_expression("scatter", combine, walk, bsize))
+    return Instance(
+        "scatter.cu", _transfer_expression("scatter", combine, walk, bsize, "true" if overlaps else "false")
+    )
 
 
-def _transfer_expression(name: str, first: str, walk: Walk, bsize: tuple[int, int]) -> str:
+def _transfer_expression(name: str, first: str, walk: Walk, bsize: tuple[int, int], *flags: str) -> str:
     index = WIDE_INDEX if walk.wide else INDEX
     if walk.order == "tiled":
         along_channels = "true" if walk.image_along_channels else "false"
-        name, last = f"{name}_tiled", f"{along_channels}, {walk.image_lanes}, {walk.stack_lanes}"
+        name, shape = f"{name}_tiled", f"{along_channels}, {walk.channel_lanes}, {walk.pixel_lanes}"
     else:
-        last = f"sbnet::Order::k{walk.order.capitalize()}"
-    return f"sbnet::{name}<{first}, {index}, {bsize[0]}, {bsize[1]}, {last}>"
+        shape = f"sbnet::Order::k{walk.order.capitalize()}"
+    return f"sbnet::{name}<{', '.join((first, index, str(bsize[0]), str(bsize[1]), shape, *flags))}>"
 
 
 def cover_instance(add: bool) -> Instance:
@@ -140,17 +144,17 @@ def default_instances() -> list[Instance]:
     found += [cover_instance(False), cover_instance(True)]
     for size in DEFAULT_SIZES:
         bsize = (size, size)
-        turned = Walk("tiled", 4, True, image_lanes=4, stack_lanes=4)
-        for walk in (Walk("rows", 16), Walk("rows", 4), turned):
+        turned = Walk("tiled", 4, True, channel_lanes=4, pixel_lanes=4)
+        for walk in (Walk("channels", 16), Walk("channels", 4), turned):
             found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, float32, False)]
-        found.append(scatter_instance(Walk("rows", 16), bsize, float32, True))
+        found.append(scatter_instance(Walk("channels", 16), bsize, float32, True))
     return list(dict.fromkeys(found))
 
 
 def table_instances(size: int) -> list[Instance]:
     """What one entry of the size table stands for: float32 blocks, copied in wide and in single words, and added."""
     bsize, float32 = (size, size), np.dtype(np.float32)
-    wide, single = Walk("rows", 16), Walk("rows", 4)
+    wide, single = Walk("channels", 16), Walk("channels", 4)
     return [
         gather_instance(wide, bsize),
         gather_instance(single, bsize),
@@ -175,9 +179,11 @@ def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[A
     for bsize in bsizes:
         for dtype in dtypes:
             for walk in walks_for(dtype):
-                found += [gather_instance(walk, bsize), scatter_instance(walk, bsize, dtype, False)]
-                if dtype.name in _SUMMANDS and walk.word <= max_word(dtype, True):
-                    found.append(scatter_instance(walk, bsize, dtype, True))
+                found.append(gather_instance(walk, bsize))
+                for overlaps in (False, True):
+                    found.append(scatter_instance(walk, bsize, dtype, False, overlaps))
+                    if dtype.name in _SUMMANDS and walk.word <= max_word(dtype, True, overlaps):
+                        found.append(scatter_instance(walk, bsize, dtype, True, overlaps))
     return list(dict.fromkeys(found))
 
 
@@ -185,13 +191,12 @@ def walks_for(dtype: np.dtype[Any]) -> Iterator[Walk]:
     """All ways in which blocks of `dtype` are walked."""
     word = dtype.itemsize
     yield Walk("columns", word)
-    for stack_lanes in tile_lanes(word):
-        yield Walk("tiled", word, image_along_channels=False, stack_lanes=stack_lanes)
-        for image_lanes in tile_lanes(word):
-            yield Walk("tiled", word, True, image_lanes, stack_lanes)
+    for channel_lanes in channel_lane_counts(word):
+        yield Walk("tiled", word, image_along_channels=False, channel_lanes=channel_lanes)
+        for pixel_lanes in pixel_lane_counts(word):
+            yield Walk("tiled", word, True, channel_lanes, pixel_lanes)
     while word <= MAX_WORD:
-        yield Walk("rows", word)
-        yield Walk("pixels", word)
+        yield Walk("channels", word)
         word *= 2
 
 
@@ -200,15 +205,21 @@ def mask_lanes(dtype: np.dtype[Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys((min(8, MAX_WORD // dtype.itemsize), 1)))
 
 
-def max_word(dtype: np.dtype[Any], add: bool) -> int:
-    """The widest word, in bytes, that blocks of `dtype` are copied or added in."""
-    # Each number that is added takes registers of its own: more than 4 small ones at once would spill.
-    return min(MAX_WORD, 4 * dtype.itemsize) if add else MAX_WORD
+def max_word(dtype: np.dtype[Any], add: bool, overlaps: bool) -> int:
+    """The widest word, in bytes, in which blocks of `dtype` are combined with an image."""
+    # Each number that is added takes registers of its own, those of up to 4 blocks at once where blocks overlap.
+    numbers = 4 if overlaps or dtype.itemsize == 1 else 8
+    return min(MAX_WORD, numbers * dtype.itemsize) if add else MAX_WORD
 
 
-def tile_lanes(itemsize: int) -> tuple[int, ...]:
-    """How many elements a thread may move at once to or from a tile, most first: 16 bytes, 8 bytes, or one."""
-    return tuple(dict.fromkeys(max(1, size // itemsize) for size in (16, 8, 1)))
+def channel_lane_counts(itemsize: int) -> tuple[int, ...]:
+    """How many channels of a tile a thread may move at once, most first: 16 bytes, 4 bytes, or one."""
+    return tuple(dict.fromkeys(max(1, size // itemsize) for size in (MAX_WORD, 4, 1)))
+
+
+def pixel_lane_counts(itemsize: int) -> tuple[int, ...]:
+    """How many pixels of a tile a thread may move at once, most first: 16 bytes, or one."""
+    return tuple(dict.fromkeys((MAX_WORD // itemsize, 1)))
 
 
 def activate_instance(source: np.dtype[Any], target: np.dtype[Any], lanes: int, wide: bool) -> Instance:

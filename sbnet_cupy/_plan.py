@@ -7,24 +7,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._instances import MAX_WORD, Walk, tile_lanes
+from ._instances import MAX_WORD, Walk, channel_lane_counts, pixel_lane_counts
 
-#: Threads of a CTA and words that a thread loads at once, as in kernels/transfer.cuh.
+#: Threads of a CTA, as in kernels/transfer.cuh and kernels/tile.cuh.
 MAX_THREADS = 256
-UNROLL = 4
 
-#: A tile, as in kernels/tile.cuh: pixels, and bytes of the channels of each; at most as many channels as pixels.
-TILE_PIXELS, TILE_BYTES = 64, 128
+#: A tile, as in kernels/tile.cuh: pixels at most, and bytes of the channels of each.
+TILE_PIXELS, TILE_BYTES = 352, 128
 
 _WARP = 32
 
 #: With fewer channels than this, tiles would be mostly empty: neighbouring threads then step from pixel to
 #: pixel, and the cache serves the channels in between.
-_TILED_CHANNELS = 8
+_TILED_CHANNELS = 4
 
 #: CTAs to launch at least, where the work allows: 8 waves of 2 CTAs on the 132 multiprocessors of an H200, so that
 #: no multiprocessor waits long for the last one.
 _ENOUGH_CTAS = 2048
+
+#: Up to so many rows each have CTAs of their own, which can look for equal rows in the list itself: see
+#: kernels/cover.cuh.
+LISTED_ROWS = 512
+
+#: CTAs of a launch at most, where each of them can do more.
+_MOST_CTAS = 2**31 - 1
+
+#: Rows of a block that a thread walks down at least: fewer do not pay for finding the block.
+_LEAST_LINES = 6
 
 
 class Layout(NamedTuple):
@@ -37,51 +46,96 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Launch configuration of one gather or scatter. Counts and strides are in words."""
+    """Launch configuration of one gather or scatter. Counts and strides are in words; see struct Transfer."""
 
     walk: Walk
     grid: tuple[int, int]
-    block: tuple[int, int]
+    block: tuple[int]
     channels: int
-    run: int
-    shared_lanes: int
+    columns: int
+    rows_per_cta: int
+    slot: int
+    ctas_per_row: int
+    lines: int
     image_strides: tuple[int, ...]
     stack_strides: tuple[int, ...]
 
 
-def plan_transfer(image: Layout, stack: Layout, itemsize: int, max_word: int = MAX_WORD) -> TransferPlan:
-    """Choose words, order and launch shape for blocks between `image` [N, H, W, C] and `stack` [M, h, w, C]."""
+def plan_transfer(
+    image: Layout, stack: Layout, itemsize: int, max_word: int = MAX_WORD, overlaps: bool = False
+) -> TransferPlan:
+    """Choose words, order and launch shape for blocks between `image` [N, H, W, C] and `stack` [M, h, w, C].
+
+    Where blocks overlap that are scattered, no two of them share a warp or a tile.
+    """
     order = _choose_order(image, stack, itemsize)
-    image_along_channels = order == "tiled" and _contiguous(image, 3, itemsize)
-    word = _widest_word(image, stack, itemsize, max_word) if order in ("rows", "pixels") else itemsize
+    word = _widest_word(image, stack, itemsize, max_word) if order == "channels" else itemsize
     channels = image.shape[3] * itemsize // word
     rows, block_height, block_width = stack.shape[:3]
-    words = block_height * block_width * channels
+    columns = block_width * channels
+    wide = max(block_height * columns, image.shape[1] + block_height, image.shape[2] + block_width) >= 2**31
     if order == "tiled":
-        image_lanes = _channel_lanes(image, itemsize) if image_along_channels else 1
-        stack_lanes = _pixel_lanes(stack, itemsize) if image_along_channels else _channel_lanes(stack, itemsize)
-        tile_channels = min(TILE_PIXELS, TILE_BYTES // word)
-        tiles = math.ceil(block_height * block_width / TILE_PIXELS) * math.ceil(channels / tile_channels)
-        grid, block = (rows, _slices(rows, tiles)), (MAX_THREADS, 1)
+        image_along_channels = _contiguous(image, 3, itemsize)
+        walk = Walk(
+            order,
+            word,
+            image_along_channels,
+            _channel_lanes(image if image_along_channels else stack, itemsize),
+            _pixel_lanes(stack, itemsize) if image_along_channels else 1,
+            wide,
+        )
+        parts, blocks = cut_tiles(itemsize, block_height * block_width, overlaps)
+        threads, rows_per_cta, slot, lines = MAX_THREADS, blocks, MAX_THREADS, block_height
+        ctas_per_row = parts * math.ceil(channels * word / TILE_BYTES)
     else:
-        image_lanes = stack_lanes = 1
-        # A power of two of threads for each block, so that small blocks share a CTA.
-        threads = min(MAX_THREADS, max(_WARP, 1 << (math.ceil(words / UNROLL) - 1).bit_length()))
-        rows_per_cta = MAX_THREADS // threads
-        across = math.ceil(rows / rows_per_cta)
-        grid = (across, _slices(across, math.ceil(words / (threads * UNROLL))))
-        block = (threads, rows_per_cta)
-    by_channel = channels > 1 and _contiguous(image, 3, itemsize)
+        walk = Walk(order, word, wide=wide)
+        threads, rows_per_cta, slot = _share_cta(columns, rows, overlaps)
+        ctas_per_row = math.ceil(columns / threads) if rows_per_cta == 1 else 1
+        ctas = math.ceil(rows / rows_per_cta) * ctas_per_row
+        parts = max(1, min(math.ceil(block_height / _LEAST_LINES), math.ceil(_ENOUGH_CTAS / ctas), 65535))
+        lines = math.ceil(block_height / parts)
+    across = math.ceil(rows / rows_per_cta)
+    ctas_per_row = max(1, min(ctas_per_row, _MOST_CTAS // across))
+    grid = (across * ctas_per_row, math.ceil(block_height / lines))
     return TransferPlan(
-        walk=Walk(order, word, image_along_channels, image_lanes, stack_lanes, wide=words >= 2**31),
+        walk=walk,
         grid=grid,
-        block=block,
+        block=(threads,),
         channels=channels,
-        run={"rows": block_width * channels, "pixels": channels}.get(order, block_width),
-        shared_lanes=min(_WARP, 1 << (channels - 1).bit_length()) if by_channel else 1,
+        columns=columns,
+        rows_per_cta=rows_per_cta,
+        slot=slot,
+        ctas_per_row=ctas_per_row,
+        lines=lines,
         image_strides=_word_strides(image, word, itemsize),
         stack_strides=_word_strides(stack, word, itemsize),
     )
+
+
+def _share_cta(columns: int, rows: int, whole_warps: bool) -> tuple[int, int, int]:
+    """Threads of a CTA, stack rows that share it, and threads of each of those."""
+    slot = _round_up(columns, _WARP) if whole_warps else columns
+    if slot > MAX_THREADS // 2 or rows <= LISTED_ROWS:
+        # As many CTAs as it takes, with about equally many columns each.
+        ctas = math.ceil(columns / MAX_THREADS)
+        threads = _round_up(math.ceil(columns / ctas), _WARP)
+        return threads, 1, threads
+    rows_per_cta = min(MAX_THREADS // slot, rows)
+    return _round_up(rows_per_cta * slot, _WARP), rows_per_cta, slot
+
+
+def cut_tiles(itemsize: int, pixels: int, alone: bool) -> tuple[int, int]:
+    """Parts that a block of `pixels` is cut into, and blocks that share a tile: TileShape of kernels/tile.cuh."""
+    parts = math.ceil(pixels / TILE_PIXELS)
+    if parts > 1 or alone:
+        return parts, 1
+    piece = MAX_WORD // itemsize
+    pitch = pixels if pixels % piece else _round_up(pixels, piece * (2 if itemsize == 1 else 4))
+    return 1, max(1, TILE_PIXELS // pitch)
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def division(divisor: int) -> tuple[int, int]:
@@ -99,33 +153,26 @@ def _choose_order(image: Layout, stack: Layout, itemsize: int) -> str:
     """What consecutive threads step along."""
     image_channels, stack_channels = _contiguous(image, 3, itemsize), _contiguous(stack, 3, itemsize)
     image_columns, stack_columns = _contiguous(image, 2, itemsize), _contiguous(stack, 2, itemsize)
-    if image_channels and stack_channels and _dense_pixels(image, itemsize) and _dense_pixels(stack, itemsize):
-        return "rows"
     if image_channels and stack_channels and image.shape[3] > 1:
-        return "pixels"
+        return "channels"
     if image_columns and stack_columns:
         return "columns"
     if image.shape[3] >= _TILED_CHANNELS and ((image_channels and stack_columns) or (image_columns and stack_channels)):
         return "tiled"
-    return "columns" if stack_columns else "pixels"
+    return "columns" if stack_columns else "channels"
 
 
 def _contiguous(layout: Layout, axis: int, itemsize: int) -> bool:
     return layout.shape[axis] == 1 or layout.strides[axis] == itemsize
 
 
-def _dense_pixels(layout: Layout, itemsize: int) -> bool:
-    return layout.shape[2] == 1 or layout.strides[2] == layout.shape[3] * itemsize
-
-
 def _widest_word(image: Layout, stack: Layout, itemsize: int, word: int) -> int:
     """The widest power of two, up to `word` bytes, that addresses, strides and channels of both are multiples of."""
-    if not (_contiguous(image, 3, itemsize) and _contiguous(stack, 3, itemsize)):
-        return itemsize
-    while word > itemsize:
-        if image.shape[3] * itemsize % word == 0 and all(_aligned(layout, 3, word) for layout in (image, stack)):
-            return word
-        word //= 2
+    if _contiguous(image, 3, itemsize) and _contiguous(stack, 3, itemsize):
+        while word > itemsize:
+            if image.shape[3] * itemsize % word == 0 and all(_aligned(layout, 3, word) for layout in (image, stack)):
+                return word
+            word //= 2
     return itemsize
 
 
@@ -139,19 +186,24 @@ def _aligned(layout: Layout, contiguous: int, size: int) -> bool:
 
 def _channel_lanes(layout: Layout, itemsize: int) -> int:
     """How many channels of a pixel a thread may move at once."""
-    for lanes in tile_lanes(itemsize):
+    for lanes in channel_lane_counts(itemsize):
         if layout.shape[3] % lanes == 0 and _aligned(layout, 3, lanes * itemsize):
             return lanes
     return 1
 
 
 def _pixel_lanes(stack: Layout, itemsize: int) -> int:
-    """How many pixels of a channel a thread may move at once, across the rows of the block."""
-    _, height, width, _ = stack.shape
-    if height == 1 or stack.strides[1] == width * itemsize:
-        plane = Layout(stack.address, (*stack.shape[:1], stack.shape[3]), (*stack.strides[:1], stack.strides[3]))
-        for lanes in tile_lanes(itemsize):
-            if height * width % lanes == 0 and _aligned(plane, -1, lanes * itemsize):
+    """How many elements a thread may move at once along pixels: where whole blocks are contiguous."""
+    rows, height, width, channels = stack.shape
+    dense = (
+        (channels == 1 or stack.strides[3] == height * width * itemsize)
+        and (height == 1 or stack.strides[1] == width * itemsize)
+        and (width == 1 or stack.strides[2] == itemsize)
+    )
+    starts = Layout(stack.address, (rows,), stack.strides[:1])
+    if dense:
+        for lanes in pixel_lane_counts(itemsize):
+            if height * width * channels % lanes == 0 and _aligned(starts, -1, lanes * itemsize):
                 return lanes
     return 1
 
@@ -165,8 +217,3 @@ def _word_strides(layout: Layout, word: int, itemsize: int) -> tuple[int, ...]:
                 yield stride // word if length > 1 else 0
 
     return tuple(strides())
-
-
-def _slices(ctas: int, most: int) -> int:
-    """Into how many CTAs to cut each block, so that there are enough CTAs in all, and no more than `most`."""
-    return max(1, min(most, math.ceil(_ENOUGH_CTAS / ctas), 65535))

@@ -5,6 +5,7 @@ NumPy arrays have one engine. CuPy arrays have two: cuBLAS, which is always ther
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -40,9 +41,11 @@ class Engine(Protocol):
 
 def choose_engine(xp: ModuleType, dtype: np.dtype[Any], ksize: tuple[int, int], engine: str | None = None) -> Engine:
     """The engine for a convolution: `engine`, what the environment names, or what was measured to be fastest."""
-    if xp is np:
-        return _stack_conv_numpy
-    name = engine or os.environ.get(ENGINE_VARIABLE, "auto")
+    return _stack_conv_numpy if xp is np else _engine(dtype, ksize, engine or os.environ.get(ENGINE_VARIABLE, "auto"))
+
+
+@functools.lru_cache(maxsize=256)
+def _engine(dtype: np.dtype[Any], ksize: tuple[int, int], name: str) -> Engine:
     if name not in _ENGINES:
         raise ValueError(f"{ENGINE_VARIABLE}: expected one of {', '.join(_ENGINES)}, got {name!r}")
     if dtype.name == "float64":  # which cuDNN's engines do not take in channels-last layouts

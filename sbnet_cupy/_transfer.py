@@ -13,11 +13,11 @@ import numpy as np
 from . import _jit
 from ._geometry import Axis, BlockGrid
 from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
-from ._plan import MAX_THREADS, Layout, TransferPlan, division, plan_transfer
+from ._plan import LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
 from ._validate import Spec, spec_of
 
-#: Rows that each warp searches for equal ones, on grids without overlaps, rather than have a map built.
-LISTED_ROWS = 256
+#: Images that an int32 index can name.
+MOST_IMAGES = 2**31
 
 
 def gather(
@@ -66,8 +66,8 @@ class _Ready:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: tuple[int, int]
-    block: tuple[int, int]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
     argument: _jit.Template
     cells: int = 0  # of the cover map; 0 if it is not needed
 
@@ -79,7 +79,7 @@ _NO_COVER = _COVER.at((0, 0))
 
 @functools.lru_cache(maxsize=1024)
 def _prepare_gather(x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, transpose: bool) -> _Ready:
-    plan = _plan(x, stack, transpose, MAX_WORD)
+    plan = _plan(x, stack, transpose)
     argument = _argument(plan, x, stack, index_strides, grid)
     return _Ready(gather_instance(plan.walk, grid.bsize), plan.grid, plan.block, argument)
 
@@ -92,20 +92,21 @@ def _prepare_scatter(
     cells = x.shape[0] * height.count * width.count
     if stack.size == 0 or x.size == 0 or cells == 0:
         return None
-    plan = _plan(x, stack, transpose, max_word(x.dtype, add))
+    plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), grid.overlaps)
     argument = _argument(plan, x, stack, index_strides, grid)
-    mapped = grid.overlaps or stack.shape[0] > LISTED_ROWS
-    instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add)
+    mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
+    instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
     return _Ready(instance, plan.grid, plan.block, argument, cells if mapped else 0)
 
 
-def _plan(x: Spec, stack: Spec, transpose: bool, word: int) -> TransferPlan:
+def _plan(x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, overlaps: bool = False) -> TransferPlan:
     order = (0, 2, 3, 1) if transpose else (0, 1, 2, 3)
     return plan_transfer(
         Layout(x.misalignment, x.shape, x.strides),
         Layout(stack.misalignment, tuple(stack.shape[k] for k in order), tuple(stack.strides[k] for k in order)),
         x.itemsize,
         word,
+        overlaps,
     )
 
 
@@ -121,11 +122,16 @@ def _argument(
             index_strides[0] // 4,
             index_strides[1] // 4,
             stack.shape[0],
-            x.shape[0],
+            min(x.shape[0], MOST_IMAGES),
             plan.channels,
-            plan.run,
-            *division(plan.run),
-            plan.shared_lanes,
+            *division(plan.channels),
+            plan.columns,
+            plan.rows_per_cta,
+            plan.slot,
+            *division(plan.slot),
+            plan.ctas_per_row,
+            *division(plan.ctas_per_row),
+            plan.lines,
             *pack_axis(height),
             *pack_axis(width),
         ]

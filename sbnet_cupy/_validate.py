@@ -180,6 +180,14 @@ def check_output(name: str, array: Any, **inputs: Any) -> None:
             raise ValueError(f"{name}: expected memory of its own, got an array that overlaps {other}")
 
 
+def same_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays are the same elements in the same places."""
+    if a is b:
+        return True
+    alike = (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
+    return alike and byte_bounds(a) == byte_bounds(b)
+
+
 def byte_bounds(array: Any) -> tuple[int, int]:
     """Addresses of the first byte of an array and behind its last, on the host or on the device."""
     low = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr

@@ -159,6 +159,15 @@ def test_errors_name_the_argument(name: str) -> None:
             calc_block_params(**{**good, name: bad})  # type: ignore[arg-type]
 
 
+def test_block_params_are_pairs_of_integers() -> None:
+    params = calc_block_params((1, 9, 9, 1), (5, 5), (3, 3), 1, "SAME")
+    assert BlockParams([5, 5], (3, 3), np.array([-1, -1]), (3, 3), (3, 3)) == params  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^bcount: expected two integers \(height, width\), each >= 0, got 3"):
+        BlockParams((5, 5), (3, 3), (-1, -1), 3, (3, 3))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        params.bsize = (6, 6)  # type: ignore[misc]
+
+
 def test_errors_of_chains() -> None:
     size, bsize = (1, 9, 9, 1), (5, 5)
     for arguments, message in (

@@ -13,7 +13,7 @@ import cpu_cuda
 import networks
 import numpy as np
 import pytest
-from cases import identical
+from cases import identical, lay_out
 from cpu_cuda.products import HOST_CUDNN, HostMultiplier
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +24,7 @@ from sbnet_cupy import (
     BlockIndices,
     BottleneckWeights,
     _device,
+    _stack_conv,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -76,6 +77,16 @@ def check_conv(case: Geometry, dtype: Any, features: int, bias: bool, activation
         expected.assert_near(sparse, covered)
         outside = np.zeros_like(base) if given_base is None else base
         assert identical(networks.to_host(sparse)[~covered], outside[~covered])
+    for given_base in (None, base):  # into an array full of other numbers, and in place
+        out = xp.asarray(random_array(rng, base.shape, dtype))
+        on_base = None if given_base is None else xp.asarray(given_base)
+        assert sparse_conv2d(*on, indices, params, **how, base=on_base, out=out) is out
+        outside = np.zeros_like(base) if given_base is None else base
+        assert identical(networks.to_host(out)[~covered], outside[~covered])
+        expected.assert_near(out, covered)
+    assert sparse_conv2d(*on, indices, params, **how, base=out, out=out) is out
+    expected.assert_near(out, covered)
+    assert identical(networks.to_host(out)[~covered], base[~covered])
 
 
 @dtypes
@@ -193,6 +204,35 @@ def test_bottleneck_on_a_device(name: str, dtype: Any, device: Any) -> None:
     check_bottleneck(case, dtype, ksizes, first=case.seed != 1, project="stride" in name or case.seed == 2, xp=device)
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_any_memory_layout(strides: int, device: Any) -> None:
+    """An NCHW image, weights and vectors that are views, on odd addresses."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, 14, 15, 8), "w": (3, 3, 8, 4), "base": (2, 14 // strides, -(-15 // strides), 4)}
+    values = {name: random_array(rng, shape, np.float16) for name, shape in shapes.items()}
+    vector = random_array(rng, (8,), np.float32)
+    options: dict[str, Any] = {"strides": strides, "activation": "relu"}
+    expected = networks.convolved(
+        networks.exactly(values["x"]), values["w"], (strides, strides), "SAME", np.dtype(np.float16)
+    )
+    expected = networks.activated(expected, None, vector[1::2], True, np.dtype(np.float16))
+    params = calc_block_params((2, 14, 15, 8), (5, 7), (3, 3), strides, "SAME")
+    indices = BlockIndices(*map(device.asarray, block_indices(rng.random((2, 14, 15)) < 0.05, params)))
+    covered = networks.tiles(indices, params, expected.value.shape)
+    for layout in ("nchw", "misaligned", "strided", "reversed"):
+        x, w, base = (lay_out(array, layout, device) for array in values.values())
+        options["bias"] = device.asarray(vector)[1::2]
+        sparse = sparse_conv2d(x, w, indices, params, **options, base=base)
+        expected.assert_near(sparse, covered)
+        assert identical(networks.to_host(sparse)[~covered], values["base"][~covered])
+        expected.assert_near(conv2d(x, w, **options), np.ones_like(covered))
+
+
+def _forget_engines() -> None:
+    _device.stack_conv.cache_clear()
+    _stack_conv._engine.cache_clear()
+
+
 @pytest.fixture
 def cudnn(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The device, with cuDNN as its engine, or what stands in for that."""
@@ -205,10 +245,10 @@ def cudnn(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.Monke
             pytest.importorskip("cudnn").create_handle()
         except Exception as error:  # the frontend is there, but cuDNN itself is not
             pytest.skip(f"cuDNN does not start: {error}")
-    _device.stack_conv.cache_clear()
+    _forget_engines()
     monkeypatch.setenv("SBNET_CUPY_CONV", "cudnn")
     yield device
-    _device.stack_conv.cache_clear()
+    _forget_engines()
     if device.__name__ != "cupy":
         sys.modules.pop(module, None)
 
@@ -406,6 +446,10 @@ def test_errors_of_convolutions() -> None:
     expect(ValueError, "params: bsize: expected a height that holds a kernel of 3", good.conv, strides=2)
     expect(TypeError, "base: expected dtype float32 like x, got float64", good.conv, base=np.zeros((1, 12, 14, 5)))
     expect(ValueError, "base: expected shape (1, 12, 14, 5) (N, H_out, W_out, K)", good.conv, base=good.x)
+    both = np.zeros((1, 13, 14, 5), np.float32)
+    message = "out: expected memory of its own, got an array that overlaps base"
+    expect(ValueError, message, good.conv, base=both[:, 1:], out=both[:, :-1])
+    expect(TypeError, "out: expected dtype float32 like x, got float16", good.conv, out=both[:, 1:].astype(np.float16))
     good.w = good.w.astype(np.float64)
     expect(TypeError, "w: expected dtype float32 like x, got float64", good.conv)
     expect(TypeError, "w: expected dtype float32 like x, got float64", dense)

@@ -42,7 +42,8 @@ def test_stages_of_a_resnet(size: tuple[int, int], channels: int, inner: int, dt
 
 def test_float32_is_ieee_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUPY_TF32", raising=False)
-    x, w = random_image((1, 64, 64, 64), "float32"), random_image((3, 3, 64, 64), "float32", 1)
+    # Sums of few terms: their float32 bound is far below the error of TF32.
+    x, w = random_image((1, 64, 64, 32), "float32"), random_image((1, 1, 32, 64), "float32", 1)
     everywhere = np.ones((1, 64, 64), bool)
     exact = networks.convolved(networks.exactly(x), w, (1, 1), "SAME", x.dtype)
     coarse = networks.convolved(networks.exactly(x), w, (1, 1), "SAME", x.dtype, tf32=True)
