@@ -29,8 +29,10 @@ SUBMANIFOLD = "submanifold"
 #: Packages of submanifold convolutions, best first. The second needs compiled kernels for the CUDA at hand.
 PACKAGES = ("spconv_triton", "spconv")
 NO_PACKAGE = "not installed: pip install spconv-triton (Triton; any PyTorch >= 2.4), or a spconv-cu1xx wheel that fits"
-#: Widest tile, in channels, that spconv-triton's autotuner may choose. All tiles would take it a minute a shape.
-WIDEST_TILE = 64
+#: Narrowest and widest tile in channels, and largest in pixels, that spconv-triton's autotuner may choose: it compiles
+#: and times each, and all of them would take a minute a shape. The stages' channels are 24 to 96, their pixels few.
+TILE_CHANNELS = (32, 64)
+TILE_PIXELS = 128
 
 
 @contextlib.contextmanager
@@ -90,7 +92,7 @@ def dense_contender(name: str, scene: Scene) -> Contender | Absent:
     if name == COMPILED:
         if scene.network.kind == "conv":
             return Absent(name, "compiling leaves a single convolution as it is")
-        if not scene.network.is_main:
+        if not scene.network.is_detailed:
             return Absent(name, "not compiled: ten seconds a shape")
         torch.compiler.reset()  # else shapes past the eighth would run eagerly
         forward = torch.compile(forward, dynamic=False)
@@ -134,7 +136,7 @@ def submanifold_contender(name: str, scene: Scene, mask: Array, cached: bool) ->
         return Absent(name, NO_PACKAGE)
     package, spconv = found
     package.constants.SPCONV_ALLOW_TF32 = scene.network.precision.tf32
-    _narrow_tiles()
+    _narrow_tiles(scene.convs[len(scene.convs) // 2].shape[3])
     pixels = np.stack(np.nonzero(mask > 0.5), axis=1)
     where = scene.xp.asarray(pixels)
     rows = tuple(where.T)
@@ -188,13 +190,16 @@ def _submanifold_network(torch: Any, scene: Scene, convolve: Callable[[Any], Any
     return forward
 
 
-def _narrow_tiles() -> None:
-    """Leave spconv-triton's autotuner the tiles from 32 to 64 channels wide, of all that it would compile and try."""
-    with contextlib.suppress(ImportError, AttributeError):
+def _narrow_tiles(channels: int) -> None:
+    """Leave spconv-triton's autotuner the tiles that suit so many channels, one pipeline depth of each."""
+    with contextlib.suppress(ImportError, AttributeError):  # spconv itself, or another version
         kernel = importlib.import_module("spconv_triton.pytorch._impl.gemm")._gather_gemm_kernel
-        narrow = [
-            config
-            for config in kernel.configs
-            if all(32 <= config.kwargs[size] <= WIDEST_TILE for size in ("BLOCK_N", "BLOCK_R"))
-        ]
-        kernel.configs = narrow or kernel.configs
+        every = getattr(kernel, "every_config", kernel.configs)
+        kernel.every_config = every  # whatever an earlier shape has left out
+        widest = min(TILE_CHANNELS[1], max(TILE_CHANNELS[0], 1 << (channels - 1).bit_length()))
+        chosen: dict[Any, Any] = {}
+        for config in every:
+            pixels, *sides = (config.kwargs[size] for size in ("BLOCK_M", "BLOCK_N", "BLOCK_R"))
+            if pixels <= TILE_PIXELS and all(TILE_CHANNELS[0] <= side <= widest for side in sides):
+                chosen.setdefault((pixels, *sides), config)
+        kernel.configs = list(chosen.values()) or every

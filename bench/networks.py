@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,12 +20,9 @@ import numpy as np
 
 import sbnet_cupy
 from sbnet_cupy import BlockIndices, BlockParams, block_indices
-from sbnet_cupy._affine import IDENTITY
-from sbnet_cupy._conv_geometry import make_layer
-from sbnet_cupy._stack import Arithmetic, BlockStacks
-from sbnet_cupy._validate import array_namespace
+from sbnet_cupy._stack_conv import ENGINE_VARIABLE
 
-from .contest import Clock, attempt, explain, host_clock
+from .contest import Clock, attempt, explain
 from .network_data import Scene, active_blocks, tile_pixels
 from .network_rivals import (
     CAPTURED,
@@ -48,7 +47,7 @@ from .stages import (
     top_left_case,
 )
 from .table import CORRECT, OURS, Row, Task
-from .timing import GRAPH_CALLS, Call, Capture, Run, time_captured, time_eager
+from .timing import GRAPH_CALLS, Call, Capture, Run, time_captured, time_eager, time_host
 
 Array = np.ndarray[Any, Any]
 
@@ -58,6 +57,8 @@ SWEEP_CALLS, SWEEP_REPEATS = 5, 5
 ROTATED_BYTES = 240e6
 #: Images to take in turn, at most: those of small stages then stay in part in the L2, and their row says how large.
 MOST_IMAGES = 128
+#: Engines that convolve stacks.
+ENGINES = ("cublas", "cudnn")
 #: Threads that compile the kernels of several block sizes side by side.
 COMPILING_THREADS = 8
 
@@ -154,12 +155,9 @@ class Sparse:
             return sbnet_cupy.sparse_res_block_bottleneck(
                 image, scene.weights, indices, self.params, out=image, allow_tf32=tf32
             )
-        # The steps of `sparse_conv2d`, which has no `out=`, into an image that is there.
-        w = scene.convs[0]
-        layer = make_layer(scene.network.shape[1:3], w.shape[:2], (1, 1), "SAME")
-        stacks = BlockStacks(indices, (layer,), self.params, 1, Arithmetic(array_namespace(image=image), tf32))
-        stack = stacks.convolve(0, stacks.gather(self.sources[turn], IDENTITY, w), w, IDENTITY)
-        return stacks.scatter(stack, image, add=False)
+        return sbnet_cupy.sparse_conv2d(
+            self.sources[turn], scene.convs[0], indices, self.params, base=image, out=image, allow_tf32=tf32
+        )
 
     def to_new_image(self) -> Any:
         """The public function with a result of its own: zeros, or the shortcut, outside of the active tiles."""
@@ -214,10 +212,10 @@ class _Bench:
             return
         for sparsity in self.network.sparsities(self.run.quick):
             yield from self._timed(top_left_case(sparsity), best, role="curve", with_goal=True)
-            if sparsity == GOAL_SPARSITY and self.network.is_main:
+            if sparsity == GOAL_SPARSITY and self.network.is_detailed:
                 yield from self.detail_rows(mask, best)
                 yield from self.submanifold_rows(mask)
-        if self.network.is_main:
+        if self.network.is_detailed:
             for real in REAL_MASKS:
                 yield from self.real_rows(real)
 
@@ -225,7 +223,7 @@ class _Bench:
         """The dense networks, PyTorch's and this library's."""
         for name in (EAGER, CAPTURED) if self.run.quick else (EAGER, CAPTURED, COMPILED):
             clock = eager_clock() if name == EAGER else captured_clock(capturing=capture_torch)
-            make = functools.partial(dense_contender, name, self.scene)
+            make: Callable[[], Contender | Absent] = functools.partial(dense_contender, name, self.scene)
             yield attempt(self._case("dense"), name, make, clock, self.run, **self._fields("dense"))
         name = _ours("dense conv2d" if self.network.kind == "conv" else "dense res_block_bottleneck")
         make = functools.partial(self._own_dense, name)
@@ -273,7 +271,7 @@ class _Bench:
         yield from self._timed(mask, size, "with reduce_mask", reduce_mask=True)
         yield from self._timed(mask, size, "eager", clock=eager_clock)
         yield from self._timed(mask, size, "with reduce_mask, eager", clock=eager_clock, reduce_mask=True)
-        yield from self._timed(mask, size, "host time of a call", clock=lambda before: host_clock)
+        yield from self._timed(mask, size, "host time of a call", clock=short_host_clock)
         if not self.run.quick:
             yield from self._unusual_rows(mask, size)
 
@@ -287,14 +285,26 @@ class _Bench:
         turns, size_of_all = images_in_turn(self.network, sparse.pixels)
         name = f"{turns} images in turn, {size_of_all / 1e6:.0f} MB active"
 
+        yield from self._engine_rows(mask, size)
+
         def rotating() -> Contender:
             return replace(sparse, turns=turns).contender(name)
 
         yield attempt(case, _ours(name), rotating, captured_clock(), self.run, **fields)
 
+    def _engine_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
+        """The same by each of the libraries that can multiply, whichever is the default."""
+        for engine in ENGINES:
+            name = f"{engine} engine"
+            if engine == "cudnn" and importlib.util.find_spec("cudnn") is None:
+                yield Row(self._case(mask.name), name, note='not installed: pip install "sbnet-cupy[cudnn]"')
+                continue
+            with chosen_engine(engine):
+                yield from self._timed(mask, size, name)
+
     def submanifold_rows(self, mask: MaskCase) -> Iterator[Row]:
-        """Submanifold convolutions, whose autotuner takes too long for more than two precisions."""
-        if self.run.quick or self.network.precision.name == "float32":
+        """Submanifold convolutions, whose autotuner takes long."""
+        if self.run.quick:
             return
         pixels = mask.make(*self.network.shape[1:3])
         for cached in (True, False):
@@ -379,6 +389,20 @@ def fastest_size(rows: Sequence[Row]) -> int | None:
     return int(min(timed, key=lambda row: row.median_us or math.inf).parameters["bsize"])
 
 
+@contextlib.contextmanager
+def chosen_engine(engine: str) -> Iterator[None]:
+    """Let stacks be convolved by this engine."""
+    before = os.environ.get(ENGINE_VARIABLE)
+    os.environ[ENGINE_VARIABLE] = engine
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENGINE_VARIABLE]
+        else:
+            os.environ[ENGINE_VARIABLE] = before
+
+
 def images_in_turn(network: Network, pixels: int) -> tuple[int, float]:
     """How many images to take in turn so that no cache holds their active parts, and the bytes of these parts."""
     active = network.bytes(pixels)
@@ -400,6 +424,11 @@ def captured_clock(
 def eager_clock(before: Call | None = None) -> Clock:
     """Time of calls in a row from Python."""
     return lambda calls, run: time_eager(calls, run.repeats, run.stream, before)
+
+
+def short_host_clock(before: Call) -> Clock:
+    """Python's time until the call returns, from fewer samples than that of the ops: a call is several of them."""
+    return lambda calls, run: time_host(calls[0], run.repeats, run.stream)
 
 
 def compile_ahead(cases: Sequence[Sparse], stream: Any) -> None:

@@ -76,7 +76,7 @@ STAGES = (
     Stage("resnet-50", 100, 175, 1024, 256, (5, 21)),
     Stage("resnet-50", 50, 88, 2048, 512, (5, 21)),
 )
-#: The stages that the goals are about, with every block size, rivals that compile for long, and all masks.
+#: The network whose stages the goals are about.
 MAIN_NETWORK = "resnet-v2"
 
 #: Even sizes beside the original's odd ones: tiles of 4, 6, 8, 10, 12, 16, 18, 24 and 32 pixels, and the halo of a 3x3.
@@ -136,6 +136,14 @@ class Network:
     @property
     def is_main(self) -> bool:
         return self.stage.network == MAIN_NETWORK
+
+    @property
+    def is_detailed(self) -> bool:
+        """Whether rivals that compile for long, all masks and all variants of a call are measured.
+
+        The tensor cores' precisions of the main network are; for IEEE float32 they would tell the same once more.
+        """
+        return self.is_main and self.precision.name != "float32"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -436,6 +437,16 @@ class TestRuns:
         assert {r.check for r in rows if r.implementation.startswith(table.OURS)} == {"WRONG"}
 
 
+def test_engines_are_chosen_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBNET_CUPY_CONV", raising=False)
+    with networks.chosen_engine("cudnn"):
+        assert os.environ["SBNET_CUPY_CONV"] == "cudnn"
+        with networks.chosen_engine("cublas"):
+            assert os.environ["SBNET_CUPY_CONV"] == "cublas"
+        assert os.environ["SBNET_CUPY_CONV"] == "cudnn"
+    assert "SBNET_CUPY_CONV" not in os.environ
+
+
 class TestClocks:
     @pytest.mark.usefixtures("_tiny")
     def test_long_calls_are_captured_less_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +496,8 @@ class TestRivals:
         monkeypatch.setattr(rivals, "find_torch", lambda: torch)
         for network, words in (
             (Network("conv", TINY_STAGES[0], PRECISIONS[0]), "as it is"),
-            (Network("bottleneck", TINY_STAGES[1], PRECISIONS[0]), "ten seconds"),
+            (Network("bottleneck", TINY_STAGES[1], PRECISIONS[1]), "ten seconds"),
+            (Network("bottleneck", TINY_STAGES[0], PRECISIONS[0]), "ten seconds"),
         ):
             rival = network_rivals.dense_contender(network_rivals.COMPILED, Scene(np, network))
             assert isinstance(rival, rivals.Absent)
@@ -525,16 +537,19 @@ class TestRivals:
         assert network.precision.tf32 == package.constants.SPCONV_ALLOW_TF32
 
     def test_tiles_of_the_autotuner(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        tiles = [(16, 16), (32, 32), (64, 32), (32, 128), (128, 64), (64, 64)]
-        configs = [types.SimpleNamespace(kwargs={"BLOCK_N": n, "BLOCK_R": r, "BLOCK_M": 256}) for n, r in tiles]
+        tiles = [(64, 16, 16), (64, 32, 32), (64, 32, 32), (128, 64, 32), (256, 64, 64), (64, 32, 128), (64, 64, 64)]
+        configs = [types.SimpleNamespace(kwargs=dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_R"), tile))) for tile in tiles]
         kernel = types.SimpleNamespace(configs=configs)
         module = types.SimpleNamespace(_gather_gemm_kernel=kernel)
         monkeypatch.setitem(sys.modules, "spconv_triton.pytorch._impl.gemm", module)
-        network_rivals._narrow_tiles()
-        left = [(config.kwargs["BLOCK_N"], config.kwargs["BLOCK_R"]) for config in kernel.configs]
-        assert left == [(32, 32), (64, 32), (64, 64)]
+        for channels, wanted in ((24, [1]), (48, [1, 3, 6]), (96, [1, 3, 6]), (8, [1]), (33, [1, 3, 6])):
+            network_rivals._narrow_tiles(channels)
+            assert kernel.configs == [configs[k] for k in wanted]
+        kernel.every_config = configs[:1]  # none that suits: better any than none
+        network_rivals._narrow_tiles(48)
+        assert kernel.configs == configs[:1]
         del module._gather_gemm_kernel  # another version
-        network_rivals._narrow_tiles()
+        network_rivals._narrow_tiles(48)
 
 
 def fake_spconv(torch: Any) -> Any:

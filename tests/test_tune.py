@@ -88,7 +88,7 @@ class TestModel:
         best, large = min(tuning.table, key=lambda row: row.seconds), [row for row in tuning.table if row.bsize[0] > 16]
         assert [row.seconds for row in large] == sorted(row.seconds for row in large)
         assert large[0].seconds > 1.4 * best.seconds
-        assert large[-1].seconds > 10 * best.seconds
+        assert large[-1].seconds > 5 * best.seconds
 
     def test_all_channels_alike_may_be_one_number(self) -> None:
         one = tune_block_size(full(), 16, BOTTLENECK, dtype="float32")
