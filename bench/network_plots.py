@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .stages import GOAL_SPARSITY
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -97,8 +99,9 @@ def _draw_panel(axes: Any, lines: dict[str, Line], ideal: bool) -> None:
         style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
         axes.errorbar(x, y, (below, above), label=stage, markersize=5, linewidth=1.5, capsize=2, **style)
     if ideal and lines:
-        places = sorted({place for x, *_ in lines.values() for place in x})
-        axes.plot(places, [1 / (1 - place) for place in places], "k:", label="ideal, 1 / (1 - sparsity)")
+        measured = [place for x, *_ in lines.values() for place in x]
+        places = np.linspace(min(measured), max(measured), 100)
+        axes.plot(places, 1 / (1 - places), "k:", label="ideal, 1 / (1 - sparsity)")
         axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=0.5)
     axes.grid(alpha=0.3)
