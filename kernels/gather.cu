@@ -1,21 +1,46 @@
 // sparse_gather: image tensor to block stack.
+#include "affine.cuh"
 #include "tile.cuh"
 #include "transfer.cuh"
 
 namespace sbnet {
 
+// What becomes of the image's words on their way.
+
+// They stay as they are.
+template <int kWordBytes>
+struct Copy {
+    using Word = Raw<kWordBytes>;
+    static constexpr int kLoads = kMostLoads<kWordBytes>;
+
+    __device__ Copy(const Transfer&, int64) {}
+    __device__ Word operator()(const Word& word) const { return word; }
+};
+
+// act(x * scale + shift), kLanes channels at a time, of which a thread keeps the scales and shifts in registers.
+template <typename T, int kLanes>
+struct Activated {
+    using Word = Vec<T, kLanes>;
+    static constexpr int kLoads = kLanes > 4 ? 4 : 6;  // what registers allow
+    Affine<T, kLanes> affine;
+
+    __device__ Activated(const Transfer& t, int64 channel) : affine(t.scale, t.shift, t.relu != 0, channel * kLanes) {}
+    __device__ Word operator()(const Word& word) const { return affine.template map<T>(word); }
+};
+
 // Image and stack are contiguous along the same axis (or along none): words go straight through registers.
 // Registers: at most 80.
-template <int kWordBytes, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
+template <typename Map, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
 __global__ void __launch_bounds__(kMaxThreads, 3) gather(const Transfer t) {
-    using Word = Raw<kWordBytes>;
-    constexpr int kBatch = batch_of(kBlockH, kMostLoads<kWordBytes>);
+    using Word = typename Map::Word;
+    constexpr int kBatch = batch_of(kBlockH, Map::kLoads);
     const Share<Index, kBlockH> share(t);
     if (share.row >= t.rows) return;
     const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, share.row);
 
     for (Index number = share.first; number < static_cast<Index>(t.columns); number += share.step) {
         const Column<Index, kBlockW, kOrder> column(t, number);
+        const Map map(t, column.channel);
         const bool inside = column.column >= at.inside.column_begin && column.column < at.inside.column_end;
         const Index end = inside ? at.inside.row_end : 0;
         const Word* source =
@@ -28,12 +53,13 @@ __global__ void __launch_bounds__(kMaxThreads, 3) gather(const Transfer t) {
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
                 word[u] = Word{};
-                if (row + u >= at.inside.row_begin && row + u < end) word[u] = __ldg(source);
+                if (row + u >= at.inside.row_begin && row + u < end) word[u] = load_constant(source);
                 source += t.image_strides[1];
             }
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
-                if (row + u < share.end) *target = word[u];
+                const bool is_pixel = row + u >= at.inside.row_begin && row + u < end;
+                if (row + u < share.end) *target = is_pixel ? map(word[u]) : Word{};
                 target += t.stack_strides[1];
             }
         }

@@ -231,7 +231,10 @@ __device__ inline void fill(Tile& tile, const void* tensor, const Groups& groups
                 const Group group = groups(first + u * groups.step);
                 int64 offset = 0;
                 words[u] = {};
-                if (group.exists && locate(group, offset)) words[u] = load_lanes_constant<Word, kLanes>(tensor, offset);
+                if (group.exists && locate(group, offset)) {
+                    words[u] = load_constant(
+                        reinterpret_cast<const Vec<Word, kLanes>*>(word_at<Word>(tensor, offset)));
+                }
             }
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {

@@ -28,6 +28,8 @@ struct Transfer {
     void* stack;            // [rows, block height, block width, channels]
     const int* indices;     // [rows, 3]
     const int* bin_counts;  // [1]
+    const void* scale;      // [channels], or null: see Affine
+    const void* shift;
     int64 image_strides[4];
     int64 stack_strides[4];
     int64 index_strides[2];
@@ -43,6 +45,7 @@ struct Transfer {
     Divisor by_ctas_per_row;
     int64 lines;         // rows of a block that a thread walks down
     Axis height, width;
+    int64 relu;
 };
 
 // Pixels of a block.

@@ -62,13 +62,12 @@ __device__ inline Vec<Word, kLanes> load_lanes(const void* address, int64 offset
     return *reinterpret_cast<const Vec<Word, kLanes>*>(static_cast<const Word*>(address) + offset);
 }
 
-// The same from memory that nothing writes while the kernel runs.
-template <typename Word, int kLanes>
-__device__ inline Vec<Word, kLanes> load_lanes_constant(const void* address, int64 offset) {
-    using All = Raw<sizeof(Word) * kLanes>;
-    Vec<Word, kLanes> words;
-    *reinterpret_cast<All*>(&words) = __ldg(reinterpret_cast<const All*>(static_cast<const Word*>(address) + offset));
-    return words;
+// A word of memory that nothing writes while the kernel runs, which allows the read-only cache.
+template <typename Word>
+__device__ inline Word load_constant(const Word* address) {
+    using Bits = Raw<sizeof(Word)>;
+    const Bits bits = __ldg(reinterpret_cast<const Bits*>(address));
+    return *reinterpret_cast<const Word*>(&bits);
 }
 
 template <typename Word, int kLanes>

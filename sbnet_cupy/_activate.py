@@ -14,7 +14,7 @@ from ._instances import Instance, activate_instance, activate_lanes
 from ._transfer import MOST_IMAGES, pack_axis
 from ._validate import Spec, spec_of
 
-#: Threads of a CTA and pixels that a thread loads at once, as in kernels/transfer.cuh.
+#: Threads of a CTA, as in kernels/transfer.cuh, and pixels that a thread loads at once, as in kernels/activate.cu.
 _THREADS = 256
 _UNROLL = 4
 
@@ -50,17 +50,9 @@ _Where = tuple[tuple[int, ...], BlockGrid, tuple[int, ...]]
 
 def _launch(source: Any, target: Any, affine: Affine, addresses: tuple[int, int], where: _Where | None) -> None:
     ready = _prepare(spec_of(source), spec_of(target), where, affine.relu)
-    scale, shift = _aligned(affine.scale), _aligned(affine.shift)
-    ends = (0 if scale is None else scale.data.ptr, 0 if shift is None else shift.data.ptr)
-    argument = ready.argument.at((source.data.ptr, target.data.ptr, *addresses, *ends))
+    affine = affine.aligned()
+    argument = ready.argument.at(source.data.ptr, target.data.ptr, *addresses, *affine.addresses)
     _jit.launch(ready.instance, ready.grid, ready.block, (argument,))
-
-
-def _aligned(channels: Any) -> Any:
-    """The same numbers side by side from a multiple of 16 bytes on, as the kernel reads them."""
-    if channels is None or (channels.flags.c_contiguous and channels.data.ptr % 16 == 0):
-        return channels
-    return channels.copy()
 
 
 @dataclass(frozen=True)
@@ -86,6 +78,7 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
         (step, part), grid, shape = where
         index_strides, batch, axes = (step // 4, part // 4), min(shape[0], MOST_IMAGES), grid.axes(shape[1], shape[2])
     argument = _jit.Template(
+        6,
         [
             *_word_strides(source, lanes),
             *_word_strides(target, lanes),
@@ -97,7 +90,7 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
             int(relu),
             *pack_axis(axes[0]),
             *pack_axis(axes[1]),
-        ]
+        ],
     )
     return _Ready(
         activate_instance(source.dtype, target.dtype, lanes, pixels >= _WIDE_PIXELS), (rows, slices), block, argument

@@ -12,7 +12,10 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 class Affine(NamedTuple):
-    """A scale and a shift for each channel, each an array ``[C]`` or None, and whether ReLU follows."""
+    """A scale and a shift for each channel, each an array ``[C]`` or None, and whether ReLU follows.
+
+    Where only the form of a call matters, it holds the specs of the arrays in their place.
+    """
 
     scale: Any = None
     shift: Any = None
@@ -30,9 +33,18 @@ class Affine(NamedTuple):
         return {name: array for name, array in named if array is not None}
 
     @property
-    def specs(self) -> tuple[Spec | None, Spec | None]:
-        """The specs of both arrays."""
-        return _spec(self.scale), _spec(self.shift)
+    def spec(self) -> Affine:
+        """The same with the specs of the arrays."""
+        return self if self.is_identity else Affine(_spec(self.scale), _spec(self.shift), self.relu)
+
+    def aligned(self) -> Affine:
+        """The same with CuPy arrays as kernels read them: contiguous, from a multiple of 16 bytes on."""
+        return Affine(_aligned(self.scale), _aligned(self.shift), self.relu)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where the arrays lie on the device, or 0."""
+        return _address(self.scale), _address(self.shift)
 
 
 IDENTITY = Affine()
@@ -72,3 +84,13 @@ def check_channels(name: str, spec: Spec | None, dtype: np.dtype[Any], channels:
 
 def _spec(array: Any) -> Spec | None:
     return None if array is None else spec_of(array)
+
+
+def _aligned(channels: Any) -> Any:
+    if channels is None or (channels.flags.c_contiguous and channels.data.ptr % 16 == 0):
+        return channels
+    return channels.copy()
+
+
+def _address(channels: Any) -> int:
+    return 0 if channels is None else channels.data.ptr

@@ -262,7 +262,8 @@ def sparse_res_block_bottleneck(
 
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
     after a first call. It allocates the result unless `out` is given, and what :func:`sparse_conv2d` does for each of
-    the three convolutions, which goes back to CuPy's pool on return.
+    the three convolutions, which goes back to CuPy's pool on return. A projection is computed on the whole image, as
+    :func:`conv2d` does it.
 
     Examples
     --------
@@ -270,6 +271,7 @@ def sparse_res_block_bottleneck(
 
     >>> import numpy as np
     >>> from sbnet_cupy import BottleneckWeights, block_indices, calc_block_params_res_block
+    >>> from sbnet_cupy import sparse_res_block_bottleneck
     >>> x = np.ones((1, 40, 40, 8), np.float32)
     >>> chain = [BottleneckWeights.random(8, 4, seed=seed) for seed in range(3)]
     >>> params = calc_block_params_res_block(x.shape, (10, 10), chain[0].ksizes, 1, "SAME")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ from . import _device, _reference
 from ._affine import Affine, check_channels, check_floating, parse_activation
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Reach,
     Spec,
     array_namespace,
     check_image,
     check_indices,
     check_like,
-    check_output,
     check_place,
+    check_separate,
     current_device,
+    output_reach,
+    reach_of,
     spec_of,
     stack_axes,
     stack_shape,
@@ -90,57 +94,78 @@ def sparse_gather(
     (float64 for float64), each operation rounded, and then rounded to the dtype of `x` once: the same to the bit in
     NumPy and CuPy, but for the payload of NaNs.
 
-    With CuPy arrays, work runs on the current stream, without synchronisation: one kernel, and a second one for
-    `scale`, `shift` and `activation`. The only allocation is the stack, besides copies of `scale` and `shift` where
-    their elements do not lie side by side. The result is bitwise reproducible.
+    With CuPy arrays, work runs on the current stream, without synchronisation, in one kernel; in two, if there is
+    `scale`, `shift` or `activation` and one of image and stack is contiguous along channels, the other along pixels.
+    The only allocation is the stack, besides copies of `scale` and `shift` where their elements do not lie side by side
+    from a multiple of 16 bytes on. The result is bitwise reproducible.
     """
     affine = Affine(scale, shift, parse_activation(activation))
     inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices, **affine.arrays}
     xp = array_namespace(out=out, **inputs)
-    grid = parse_grid(bsize, boffset, bstride)
-    transpose = bool(transpose)
-    image = spec_of(x)
+    grid, transpose = parse_grid(bsize, boffset, bstride), bool(transpose)
+    specs = (spec_of(x), spec_of(bin_counts), spec_of(active_block_indices), affine.spec)
     given = None if out is None else spec_of(out)
-    specs = (image, spec_of(bin_counts), spec_of(active_block_indices), given)
-    shape = _check(*specs, *affine.specs, affine.relu, grid, transpose, current_device(xp))
+    call = _prepare(*specs, given, grid, transpose, current_device(xp))
     if out is None:
-        out = xp.empty(shape, x.dtype)
+        out = xp.empty(call.shape, x.dtype)
+        if xp is not np and out.data.ptr % 16:  # from an allocator with other manners than CuPy's
+            call = _prepare(*specs, spec_of(out), grid, transpose, current_device(xp))
     else:
-        check_output("out", out, **inputs)
-    stack = out.transpose(0, 2, 3, 1) if transpose else out
+        check_separate("out", out, call.reach, inputs, call.input_reaches)
+    stack = out.transpose(0, 2, 3, 1) if transpose and (xp is np or not call.is_whole) else out
     if xp is np:
         _reference.gather(x, int(bin_counts[0]), active_block_indices, grid, affine, stack)
         return out
-    _device.transfer().gather(x, image, bin_counts, active_block_indices, grid, out, given, transpose)
-    if not affine.is_identity:
+    if call.launch is not None:
+        _device.transfer().gather(call.launch, x, bin_counts, active_block_indices, out, affine)
+    if not call.is_whole:
         _device.activation().activate(stack, stack, affine, bin_counts, active_block_indices, grid, x.shape)
     return out
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What calls that look alike share."""
+
+    shape: tuple[int, ...]  # of the stack
+    reach: Reach  # of the stack
+    input_reaches: tuple[Reach, ...]
+    launch: Any  # of kernels/gather.cu; None on the host, and if there is nothing to write
+    is_whole: bool  # it does all that is asked for
+
+
 @functools.lru_cache(maxsize=1024)
-def _check(
+def _prepare(
     x: Spec,
     bin_counts: Spec,
     indices: Spec,
+    affine: Affine,
     out: Spec | None,
-    scale: Spec | None,
-    shift: Spec | None,
-    relu: bool,
     grid: BlockGrid,
     transpose: bool,
     device: int,
-) -> tuple[int, ...]:
-    """Raise unless the arguments fit together; return the shape of the stack."""
+) -> _Call:
+    """Raise unless the arguments fit together, and choose how to do it."""
     check_image("x", x)
     check_indices(bin_counts, indices)
-    if scale or shift or relu:
+    if not affine.is_identity:
         check_floating("x", x)
-        check_channels("scale", scale, x.dtype, x.shape[3], device)
-        check_channels("shift", shift, x.dtype, x.shape[3], device)
+        check_channels("scale", affine.scale, x.dtype, x.shape[3], device)
+        check_channels("shift", affine.shift, x.dtype, x.shape[3], device)
     shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
-    if out is not None:
-        check_like("out", out, x.dtype, shape, stack_axes(transpose))
-        check_place("out", out, device)
-    for name, spec in (("x", x), ("bin_counts", bin_counts), ("active_block_indices", indices)):
+    if out is None:
+        out = Spec.contiguous(shape, x.dtype, device)
+    check_like("out", out, x.dtype, shape, stack_axes(transpose))
+    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": indices, **affine.arrays}
+    for name, spec in {"out": out, **inputs}.items():
         check_place(name, spec, device)
-    return shape
+    launch = None
+    if device >= 0:
+        launch = _device.transfer().prepare_gather(x, out, indices.strides, grid, transpose, affine)
+    return _Call(
+        shape,
+        output_reach("out", out),
+        tuple(map(reach_of, inputs.values())),
+        launch,
+        is_whole=affine.is_identity or launch is None or launch.activates,
+    )

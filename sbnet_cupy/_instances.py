@@ -85,9 +85,15 @@ class Walk(NamedTuple):
     wide: bool = False
 
 
-def gather_instance(walk: Walk, bsize: tuple[int, int]) -> Instance:
-    """The gather kernel for blocks of `bsize`."""
-    return Instance("gather.cu", _transfer_expression("gather", str(walk.word), walk, bsize))
+def gather_instance(walk: Walk, bsize: tuple[int, int], activated: np.dtype[Any] | None = None) -> Instance:
+    """The gather kernel for blocks of `bsize`: one that copies, or that activates numbers of a dtype on the way."""
+    if walk.order == "tiled":
+        what = str(walk.word)
+    elif activated is None:
+        what = f"sbnet::Copy<{walk.word}>"
+    else:
+        what = f"sbnet::Activated<{_SUMMANDS[activated.name]}, {walk.word // activated.itemsize}>"
+    return Instance("gather.cu", _transfer_expression("gather", what, walk, bsize))
 
 
 def scatter_instance(
@@ -180,6 +186,8 @@ def instances_for(bsizes: Iterable[tuple[int, int]], dtypes: Iterable[np.dtype[A
         for dtype in dtypes:
             for walk in walks_for(dtype):
                 found.append(gather_instance(walk, bsize))
+                if dtype.name in ACTIVATED and walk.order != "tiled":
+                    found.append(gather_instance(walk, bsize, dtype))
                 for overlaps in (False, True):
                     found.append(scatter_instance(walk, bsize, dtype, False, overlaps))
                     if dtype.name in _SUMMANDS and walk.word <= max_word(dtype, True, overlaps):

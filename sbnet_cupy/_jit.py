@@ -7,7 +7,6 @@ name the real file and line, and CuPy's disk cache notices an edited header.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 import struct
@@ -50,20 +49,16 @@ class Template:
     It is passed by value as one kernel argument: each argument of its own would cost host time.
     """
 
-    def __init__(self, fields: Sequence[int]) -> None:
+    def __init__(self, addresses: int, fields: Sequence[int]) -> None:
         # A bytes object takes less time to join and to wrap than an array to copy and to fill.
         self._fields = struct.pack(f"={len(fields)}q", *fields)
+        self._pack = struct.Struct(f"={addresses}Q").pack
+        self._dtype = np.dtype(f"V{8 * (addresses + len(fields))}")
 
-    def at(self, addresses: Sequence[int]) -> np.ndarray[Any, Any]:
+    def at(self, *addresses: int) -> np.ndarray[Any, Any]:
         """The kernel argument with these addresses."""
-        data = struct.pack(f"={len(addresses)}Q", *addresses) + self._fields
         # CuPy passes a NumPy array of one element by value.
-        return np.frombuffer(data, _struct_dtype(len(data)))
-
-
-@functools.cache
-def _struct_dtype(size: int) -> np.dtype[Any]:
-    return np.dtype(f"V{size}")
+        return np.frombuffer(self._pack(*addresses) + self._fields, self._dtype)
 
 
 def compile_instances(instances: Sequence[Instance]) -> list[Any]:

@@ -47,7 +47,7 @@ def reduce_mask(
     if ready.pooling is None:
         scratch.fill(0)
     else:
-        _jit.launch(ready.pooling, ready.grid, ready.block, (ready.pooling_argument.at((mask.data.ptr, flags)),))
+        _jit.launch(ready.pooling, ready.grid, ready.block, (ready.pooling_argument.at(mask.data.ptr, flags),))
     host_count = _host_count() if capacity is None else None
     addresses = (
         flags,
@@ -56,7 +56,7 @@ def reduce_mask(
         bin_counts.data.ptr,
         0 if host_count is None else host_count.__array_interface__["data"][0],
     )
-    argument = (ready.compaction_argument.at(addresses),)
+    argument = (ready.compaction_argument.at(*addresses),)
     if ready.tiles > 1:
         _jit.launch(COUNT_ACTIVE, (ready.tiles,), (_COMPACT_THREADS,), argument)
     _jit.launch(COMPACT_ACTIVE, (ready.tiles,), (_COMPACT_THREADS,), argument)
@@ -100,6 +100,7 @@ def _prepare(
     threshold = _threshold(mask.dtype, grid, tol, avgpool)
     height, width = grid.axes(mask.shape[1], mask.shape[2])
     pooling_argument = _jit.Template(
+        2,
         [
             *(s // mask.itemsize for s in mask.strides),
             *grid.bsize,
@@ -108,7 +109,7 @@ def _prepare(
             *pack_axis(height),
             *pack_axis(width),
             *(threshold or ()),
-        ]
+        ],
     )
     blocks = mask.shape[0] * bcount[0] * bcount[1]
     tile = _PIECE
@@ -122,7 +123,7 @@ def _prepare(
         grid=(mask.shape[0] * bcount[0] * math.ceil(bcount[1] / strip), 1),
         block=(columns, _POOL_THREADS // columns),
         pooling_argument=pooling_argument,
-        compaction_argument=_jit.Template([blocks, *bcount, tile, tiles, rows, int(capacity is not None)]),
+        compaction_argument=_jit.Template(5, [blocks, *bcount, tile, tiles, rows, int(capacity is not None)]),
         tiles=tiles,
         flag_bytes=flag_bytes,
         scratch_bytes=flag_bytes + 4 * tiles,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from . import _device, _reference
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Reach,
     Spec,
     array_namespace,
     check_addable,
@@ -19,7 +21,10 @@ from ._validate import (
     check_like,
     check_output,
     check_place,
+    check_separate,
     current_device,
+    output_reach,
+    reach_of,
     spec_of,
     stack_axes,
     stack_shape,
@@ -92,21 +97,21 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 256 rows on a
-    grid whose blocks do not overlap need no map.
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 512 rows on a
+    grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
     """
-    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x, out=out)
-    grid = parse_grid(bsize, boffset, bstride)
-    flags = (bool(add), bool(atomic), bool(transpose))
-    stack = spec_of(blocks)
-    specs = (stack, spec_of(bin_counts), spec_of(active_block_indices), spec_of(x))
-    _check(*specs, None if out is None else spec_of(out), grid, *flags, current_device(xp))
+    inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
+    xp = array_namespace(**inputs, x=x, out=out)
+    grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
+    specs, device = tuple(map(spec_of, inputs.values())), current_device(xp)
+    _prepare(*specs, spec_of(x), grid, *flags, device)
     if out is None:
         out = x.copy(order="K")
     else:
-        check_output("out", out, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
+        _check_out(spec_of(out), spec_of(x), device)
+        check_output("out", out, **inputs, x=x)
         xp.copyto(out, x)
-    _scatter_into(out, blocks, stack, bin_counts, active_block_indices, grid, flags[0], flags[2], xp)
+    _run(_prepare(*specs, spec_of(out), grid, *flags, device), xp, inputs, grid, out, flags)
     return out
 
 
@@ -150,31 +155,37 @@ def sparse_scatter_var(
     Order, reproducibility, synchronisation and allocations are those of :func:`sparse_scatter`, except that no
     tensor is allocated or copied.
     """
-    xp = array_namespace(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
-    grid = parse_grid(bsize, boffset, bstride)
-    flags = (bool(add), bool(atomic), bool(transpose))
-    stack = spec_of(blocks)
-    specs = (stack, spec_of(bin_counts), spec_of(active_block_indices), spec_of(x))
-    _check(*specs, None, grid, *flags, current_device(xp))
-    check_output("x", x, blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices)
-    _scatter_into(x, blocks, stack, bin_counts, active_block_indices, grid, flags[0], flags[2], xp)
+    inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
+    xp = array_namespace(**inputs, x=x)
+    grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
+    call = _prepare(*map(spec_of, inputs.values()), spec_of(x), grid, *flags, current_device(xp))
+    check_separate("x", x, output_reach("x", call.x), inputs, call.input_reaches)
+    _run(call, xp, inputs, grid, x, flags)
     return x
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What calls that look alike share."""
+
+    x: Spec
+    input_reaches: tuple[Reach, ...]
+    launch: Any  # of kernels/scatter.cu; None on the host, and if no block touches a pixel
+
+
 @functools.lru_cache(maxsize=1024)
-def _check(
+def _prepare(
     blocks: Spec,
     bin_counts: Spec,
     indices: Spec,
     x: Spec,
-    out: Spec | None,
     grid: BlockGrid,
     add: bool,
     atomic: bool,
     transpose: bool,
     device: int,
-) -> None:
-    """Raise unless the arguments fit together."""
+) -> _Call:
+    """Raise unless the arguments fit together, and choose how to do it."""
     check_image("x", x)
     check_indices(bin_counts, indices)
     shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
@@ -186,27 +197,27 @@ def _check(
                 f"atomic: expected True to add blocks that overlap (bsize {grid.bsize} exceeds bstride "
                 f"{grid.bstride}), got {atomic!r}"
             )
-    if out is not None:
-        check_like("out", out, x.dtype, x.shape, "N, H, W, C")
-        check_place("out", out, device)
-    named = (("blocks", blocks), ("bin_counts", bin_counts), ("active_block_indices", indices), ("x", x))
-    for name, spec in named:
+    inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": indices}
+    for name, spec in {**inputs, "x": x}.items():
         check_place(name, spec, device)
+    launch = None
+    if device >= 0:
+        launch = _device.transfer().prepare_scatter(x, blocks, indices.strides, grid, add, transpose)
+    return _Call(x, tuple(map(reach_of, inputs.values())), launch)
 
 
-def _scatter_into(
-    x: Any,
-    blocks: Any,
-    stack: Spec,
-    bin_counts: Any,
-    indices: Any,
-    grid: BlockGrid,
-    add: bool,
-    transpose: bool,
-    xp: Any,
-) -> None:
+def _check_out(out: Spec, x: Spec, device: int) -> None:
+    """Raise unless the result can be put there."""
+    check_like("out", out, x.dtype, x.shape, "N, H, W, C")
+    check_place("out", out, device)
+
+
+def _run(call: _Call, xp: Any, inputs: dict[str, Any], grid: BlockGrid, x: Any, flags: tuple[bool, bool, bool]) -> None:
+    """Write the blocks over `x` or add them to it."""
+    blocks, bin_counts, indices = inputs.values()
+    add, _, transpose = flags
     if xp is np:
         scatter = _reference.scatter_add if add else _reference.scatter
         scatter(blocks.transpose(0, 2, 3, 1) if transpose else blocks, int(bin_counts[0]), indices, grid, x)
-    else:
-        _device.transfer().scatter(blocks, stack, bin_counts, indices, grid, x, add, transpose)
+    elif call.launch is not None:
+        _device.transfer().scatter(call.launch, blocks, bin_counts, indices, x, add)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,58 +10,18 @@ import cupy
 import numpy as np
 
 from . import _jit
+from ._affine import IDENTITY, Affine
 from ._geometry import Axis, BlockGrid
 from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
 from ._plan import LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
-from ._validate import Spec, spec_of
+from ._validate import Spec
 
 #: Images that an int32 index can name.
 MOST_IMAGES = 2**31
 
 
-def gather(
-    x: Any,
-    image: Spec,
-    bin_counts: Any,
-    indices: Any,
-    grid: BlockGrid,
-    stack: Any,
-    given: Spec | None,
-    transpose: bool,
-) -> None:
-    """Device side of ``sparse_gather``; `image` is the spec of `x`, `given` that of `stack` if there is one yet."""
-    if stack.size == 0:
-        return
-    if x.size == 0:  # nothing to read: no block has a pixel
-        stack.fill(0)
-        return
-    ready = _prepare_gather(image, given or spec_of(stack), indices.strides, grid, transpose)
-    addresses = (x.data.ptr, stack.data.ptr, indices.data.ptr, bin_counts.data.ptr)
-    _jit.launch(ready.instance, ready.grid, ready.block, (ready.argument.at(addresses),))
-
-
-def scatter(
-    blocks: Any, stack: Spec, bin_counts: Any, indices: Any, grid: BlockGrid, x: Any, add: bool, transpose: bool
-) -> None:
-    """Device side of ``sparse_scatter_var``; `stack` is the spec of `blocks`."""
-    ready = _prepare_scatter(spec_of(x), stack, indices.strides, grid, add, transpose)
-    if ready is None:
-        return
-    argument = ready.argument.at((x.data.ptr, blocks.data.ptr, indices.data.ptr, bin_counts.data.ptr))
-    if ready.cells:
-        rows = blocks.shape[0]
-        # One allocation for both arrays of the cover map; see kernels/cover.cuh.
-        cover = cupy.empty(ready.cells + (rows if add else 0), np.int32)
-        cover.data.memset_async(0xFF, 4 * ready.cells)
-        arguments = (argument, _COVER.at((cover.data.ptr, cover.data.ptr + 4 * ready.cells if add else 0)))
-        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
-    else:
-        arguments = (argument, _NO_COVER)
-    _jit.launch(ready.instance, ready.grid, ready.block, arguments)
-
-
 @dataclass(frozen=True)
-class _Ready:
+class Launch:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
@@ -70,24 +29,37 @@ class _Ready:
     block: tuple[int, ...]
     argument: _jit.Template
     cells: int = 0  # of the cover map; 0 if it is not needed
+    activates: bool = False  # whether it computes act(x*scale + shift)
 
 
-#: struct Cover of kernels/cover.cuh: nothing but addresses.
-_COVER = _jit.Template([])
-_NO_COVER = _COVER.at((0, 0))
-
-
-@functools.lru_cache(maxsize=1024)
-def _prepare_gather(x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, transpose: bool) -> _Ready:
+def prepare_gather(
+    x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, transpose: bool, affine: Affine
+) -> Launch | None:
+    """How to gather from `x` into `stack`; None if there is nothing to write."""
+    if stack.size == 0:
+        return None
     plan = _plan(x, stack, transpose)
-    argument = _argument(plan, x, stack, index_strides, grid)
-    return _Ready(gather_instance(plan.walk, grid.bsize), plan.grid, plan.block, argument)
+    # Tiles turn what they copy, zeros included: the step would have to tell which of those are pixels.
+    activates = plan.walk.order != "tiled" and not affine.is_identity
+    instance = gather_instance(plan.walk, grid.bsize, x.dtype if activates else None)
+    argument = _argument(plan, x, stack, index_strides, grid, affine)
+    return Launch(instance, plan.grid, plan.block, argument, activates=activates)
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare_scatter(
+def gather(launch: Launch, x: Any, bin_counts: Any, indices: Any, stack: Any, affine: Affine) -> None:
+    """Run what :func:`prepare_gather` made, on the current stream."""
+    ends = (0, 0)
+    if launch.activates:
+        affine = affine.aligned()
+        ends = affine.addresses
+    argument = launch.argument.at(x.data.ptr, stack.data.ptr, indices.data.ptr, bin_counts.data.ptr, *ends)
+    _jit.launch(launch.instance, launch.grid, launch.block, (argument,))
+
+
+def prepare_scatter(
     x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid, add: bool, transpose: bool
-) -> _Ready | None:
+) -> Launch | None:
+    """How to scatter from `stack` into `x`; None if no block touches a pixel."""
     height, width = grid.axes(x.shape[1], x.shape[2])
     cells = x.shape[0] * height.count * width.count
     if stack.size == 0 or x.size == 0 or cells == 0:
@@ -96,7 +68,27 @@ def _prepare_scatter(
     argument = _argument(plan, x, stack, index_strides, grid)
     mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
     instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
-    return _Ready(instance, plan.grid, plan.block, argument, cells if mapped else 0)
+    return Launch(instance, plan.grid, plan.block, argument, cells if mapped else 0)
+
+
+def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, add: bool) -> None:
+    """Run what :func:`prepare_scatter` made, on the current stream."""
+    argument = launch.argument.at(x.data.ptr, blocks.data.ptr, indices.data.ptr, bin_counts.data.ptr, 0, 0)
+    if launch.cells:
+        rows = blocks.shape[0]
+        # One allocation for both arrays of the cover map; see kernels/cover.cuh.
+        cover = cupy.empty(launch.cells + (rows if add else 0), np.int32)
+        cover.data.memset_async(0xFF, 4 * launch.cells)
+        arguments = (argument, _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0))
+        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
+    else:
+        arguments = (argument, _NO_COVER)
+    _jit.launch(launch.instance, launch.grid, launch.block, arguments)
+
+
+#: struct Cover of kernels/cover.cuh: nothing but addresses.
+_COVER = _jit.Template(2, [])
+_NO_COVER = _COVER.at(0, 0)
 
 
 def _plan(x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, overlaps: bool = False) -> TransferPlan:
@@ -111,11 +103,17 @@ def _plan(x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, overlaps:
 
 
 def _argument(
-    plan: TransferPlan, x: Spec, stack: Spec, index_strides: tuple[int, ...], grid: BlockGrid
+    plan: TransferPlan,
+    x: Spec,
+    stack: Spec,
+    index_strides: tuple[int, ...],
+    grid: BlockGrid,
+    affine: Affine = IDENTITY,
 ) -> _jit.Template:
-    """struct Transfer of kernels/transfer.cuh, all of whose fields have 8 bytes; the first four are addresses."""
+    """struct Transfer of kernels/transfer.cuh, all of whose fields have 8 bytes; the first six are addresses."""
     height, width = grid.axes(x.shape[1], x.shape[2])
     return _jit.Template(
+        6,
         [
             *plan.image_strides,
             *plan.stack_strides,
@@ -134,7 +132,8 @@ def _argument(
             plan.lines,
             *pack_axis(height),
             *pack_axis(width),
-        ]
+            int(affine.relu),
+        ],
     )
 
 

@@ -6,8 +6,10 @@ functions that do it are cached by their callers.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -46,14 +48,22 @@ class Spec(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Spec:
+        """That of a new array."""
+        strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return cls(shape, strides, dtype, 0, device)
+
 
 def spec_of(array: Any) -> Spec:
     """The :class:`Spec` of a NumPy or CuPy array."""
     if isinstance(array, np.ndarray):
         return Spec(array.shape, array.strides, array.dtype, 0, -1)
     data = array.data
-    # An empty array has no memory, and so lies on every device.
-    return Spec(array.shape, array.strides, array.dtype, data.ptr % 16, data.device_id if data.ptr else -1)
+    address = data.ptr
+    # An empty array has no memory, and so lies on every device. (Spec(...) would take three times as long.)
+    fields = (array.shape, array.strides, array.dtype, address % 16, data.device_id if address else -1)
+    return tuple.__new__(Spec, fields)
 
 
 def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
@@ -167,17 +177,62 @@ def stack_axes(transpose: bool) -> str:
 
 def check_output(name: str, array: Any, **inputs: Any) -> None:
     """Raise unless `array` can be written: not read-only, no element twice, nothing shared with `inputs`."""
+    reaches = tuple(reach_of(spec_of(value)) for value in inputs.values())
+    check_separate(name, array, output_reach(name, spec_of(array)), inputs, reaches)
+
+
+class Reach(NamedTuple):
+    """The bytes that an array's elements lie in, counted from its address."""
+
+    low: int
+    high: int
+
+
+@functools.lru_cache(maxsize=4096)
+def reach_of(spec: Spec) -> Reach:
+    """The :class:`Reach` of an array."""
+    if spec.size == 0:
+        return Reach(0, 0)
+    spans = [stride * (length - 1) for stride, length in zip(spec.strides, spec.shape)]
+    return Reach(sum(span for span in spans if span < 0), sum(span for span in spans if span > 0) + spec.itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def output_reach(name: str, spec: Spec) -> Reach:
+    """The :class:`Reach` of an array to write to. Raise unless each element has an address of its own."""
+    reach = spec.itemsize
+    for stride, length in sorted((abs(s), n) for s, n in zip(spec.strides, spec.shape) if n > 1 and spec.size):
+        if stride < reach:  # an axis that steps less than the axes inside it span
+            raise ValueError(
+                f"{name}: expected an array whose elements lie apart, got shape {spec.shape} with strides "
+                f"{spec.strides}"
+            )
+        reach += stride * (length - 1)
+    return reach_of(spec)
+
+
+def check_separate(name: str, array: Any, reach: Reach, inputs: dict[str, Any], reaches: Sequence[Reach]) -> None:
+    """Raise unless `array` can be written and shares no element with `inputs`. What they reach is known already."""
+    start = address_of(array)
+    low, high = start + reach.low, start + reach.high
+    for (other, value), (other_low, other_high) in zip(inputs.items(), reaches):
+        other_start = address_of(value)
+        if high > other_start + other_low and other_start + other_high > low and _share_memory(array, value):
+            raise ValueError(f"{name}: expected memory of its own, got an array that overlaps {other}")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
-    if not array.flags.c_contiguous and _repeats_elements(array):
-        raise ValueError(
-            f"{name}: expected an array whose elements lie apart, got shape {array.shape} with strides {array.strides}"
-        )
-    low, high = byte_bounds(array)
-    for other, value in inputs.items():
-        other_low, other_high = byte_bounds(value)
-        if high > other_low and other_high > low and _share_memory(array, value):
-            raise ValueError(f"{name}: expected memory of its own, got an array that overlaps {other}")
+
+
+def address_of(array: Any) -> int:
+    """Address of an array's element (0, 0, ...), on the host or on the device."""
+    address: int = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+    return address
+
+
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """Addresses of the first byte of an array and behind its last, on the host or on the device."""
+    start, reach = address_of(array), reach_of(spec_of(array))
+    return start + reach.low, start + reach.high
 
 
 def same_memory(a: Any, b: Any) -> bool:
@@ -186,34 +241,6 @@ def same_memory(a: Any, b: Any) -> bool:
         return True
     alike = (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
     return alike and byte_bounds(a) == byte_bounds(b)
-
-
-def byte_bounds(array: Any) -> tuple[int, int]:
-    """Addresses of the first byte of an array and behind its last, on the host or on the device."""
-    low = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-    if array.flags.c_contiguous:
-        return low, low + array.nbytes
-    if array.size == 0:
-        return low, low
-    high = low + array.itemsize
-    for stride, length in zip(array.strides, array.shape):
-        if stride > 0:
-            high += stride * (length - 1)
-        else:
-            low += stride * (length - 1)
-    return low, high
-
-
-def _repeats_elements(array: Any) -> bool:
-    """Whether two elements may lie at one address: some axis steps less than the axes inside it span."""
-    if array.size == 0:
-        return False
-    reach = array.itemsize
-    for stride, length in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
-        if stride < reach:
-            return True
-        reach += stride * (length - 1)
-    return False
 
 
 def _share_memory(a: Any, b: Any) -> bool:
@@ -228,7 +255,7 @@ def _share_memory(a: Any, b: Any) -> bool:
 
 def _address_view(array: Any) -> np.ndarray[Any, Any]:
     """A NumPy array with the address and strides of `array`, for arithmetic on them alone."""
-    address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+    address = address_of(array)
 
     class _Addresses:
         __array_interface__ = {

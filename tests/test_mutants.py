@@ -408,8 +408,8 @@ activate-load-past-the-end: activate.cu, activate
 + first + u * step
 
 activate-step: activate.cu, activate
-- first += kUnroll * step
-+ first += step * kUnroll * 2
+- first += kLoads * step
++ first += step * kLoads * 2
 
 activate-source-row: activate.cu, activate
 - blockIdx.x * a.source_strides[0]
