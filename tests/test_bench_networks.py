@@ -372,8 +372,12 @@ class TestRows:
 
 
 @pytest.fixture
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device.install(monkeypatch)
+
+
+@pytest.fixture
+def _tiny(_fake_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device.shrink_networks(monkeypatch)
 
 
@@ -449,7 +453,7 @@ def test_engines_are_chosen_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class TestClocks:
-    @pytest.mark.usefixtures("_tiny")
+    @pytest.mark.usefixtures("_fake_device")
     def test_long_calls_are_captured_less_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
         captured: list[int] = []
 
@@ -462,14 +466,14 @@ class TestClocks:
             timing.time_captured([lambda: None], 3, FakeStream(), capturing=capturing)
         assert captured == [20, 20, 4, 1]
 
-    @pytest.mark.usefixtures("_tiny")
+    @pytest.mark.usefixtures("_fake_device")
     def test_inputs_are_restored_before_each_sample(self) -> None:
         order: list[str] = []
         timing.time_eager([lambda: order.append("call")], 3, FakeStream(), lambda: order.append("before"))
         once = ["before"] + ["call"] * timing.EAGER_CALLS
         assert order[-3 * len(once) :] == 3 * once
 
-    @pytest.mark.usefixtures("_tiny")
+    @pytest.mark.usefixtures("_fake_device")
     def test_eager_time_is_that_of_one_call(self) -> None:
         found = timing.time_eager([lambda: None, lambda: None], 4, FakeStream())
         assert (found.clock, found.repeats, found.median_us) == ("eager", 4, pytest.approx(50 / timing.EAGER_CALLS))
