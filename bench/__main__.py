@@ -4,13 +4,16 @@ gather-scatter  cases of sparse_gather and sparse_scatter beside the device copy
 reduce-mask     cases of reduce_mask beside CuPy and PyTorch
 host            what a call of each op costs Python
 sweep           bandwidth over block size, channels, density and dtype, with plots
-plots           draw the plots again from sweep.json
+conv            3x3 convolutions of active blocks beside dense and submanifold ones, with plots
+bottleneck      residual bottlenecks of active blocks beside dense and submanifold ones, with plots
+plots           draw the plots again from the recorded results
 all             everything
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import gather_scatter, host, plots, reduce_mask, sweep
+from . import gather_scatter, host, network_plots, networks, plots, reduce_mask, sweep
 from .record import RESULTS, save_rows
 from .table import Row, Task, format_table, format_verdicts
 from .timing import Run, free_memory, start_run
@@ -29,6 +32,14 @@ SUITES: dict[str, Callable[[Run], Iterator[Task]]] = {
     "reduce-mask": reduce_mask.tasks,
     "host": host.tasks,
     "sweep": sweep.tasks,
+    "conv": functools.partial(networks.tasks, "conv"),
+    "bottleneck": functools.partial(networks.tasks, "bottleneck"),
+}
+#: Suites with plots, and what draws them from a suite's JSON file into a folder.
+PLOTS: dict[str, Callable[[Path, Path], list[Path]]] = {
+    "sweep": plots.draw,
+    "conv": network_plots.draw,
+    "bottleneck": network_plots.draw,
 }
 #: Where parts of a run go, so that they do not replace the recorded results.
 PARTIAL = Path("build") / "bench"
@@ -53,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             for path in save_rows(name.replace("-", "_"), rows, folder, options.quick):
                 print(path)
-            if name == "sweep":
-                draw_plots(folder)
+            if name in PLOTS:
+                draw_plots(folder, [name])
             measured += rows
     print(f"\n{format_verdicts(measured)}")
     failed = sum(row.failed for row in measured)
@@ -69,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=[*SUITES, "plots", "all"], default="all", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="fewest repeats and sizes: within a minute")
+    parser.add_argument("--quick", action="store_true", help="fewest repeats and sizes: within a minute or two")
     parser.add_argument(
         "--only", type=_pattern, metavar="PATTERN", help="only cases whose name this regular expression finds"
     )
@@ -115,15 +126,16 @@ def run_suite(name: str, run: Run, only: re.Pattern[str] | None) -> list[Row]:
     return rows
 
 
-def draw_plots(folder: Path) -> int:
-    """Draw the recorded sweeps. Returns 1 where there are none."""
-    results = folder / "sweep.json"
-    if not results.exists():
-        print(f"bench: error: expected the results of a sweep in {results}", file=sys.stderr)
-        return 1
-    for path in plots.draw(results, folder):
-        print(path)
-    return 0
+def draw_plots(folder: Path, names: Sequence[str] = tuple(PLOTS)) -> int:
+    """Draw the recorded results of these suites. Returns 1 where there are none."""
+    found = [name for name in names if (folder / f"{name}.json").exists()]
+    for name in found:
+        for path in PLOTS[name](folder / f"{name}.json", folder):
+            print(path)
+    if not found:
+        wanted = " or ".join(f"{name}.json" for name in names)
+        print(f"bench: error: expected the results of a suite with plots in {folder}: {wanted}", file=sys.stderr)
+    return 0 if found else 1
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class Row:
     byte_model: str = ""
     tbps: float | None = None
     share: float | None = None  # of the device copy's bandwidth
+    floor_us: float | None = None  # that bandwidth and arithmetic allow
+    speedup: float | None = None  # over the fastest dense network
     original: str = ""  # figure of the 2018 original
     goal: str = ""
     verdict: str = ""
@@ -84,6 +86,8 @@ HEADINGS = (
     "p10 to p90",
     "TB/s",
     "of copy",
+    "floor us",
+    "x dense",
     "2018 original",
     "goal",
     "verdict",
@@ -121,8 +125,8 @@ def format_verdicts(rows: Sequence[Row]) -> str:
 
 
 def _join(cells: Sequence[str], widths: dict[int, int]) -> str:
-    # Columns 2 to 5 are numbers.
-    aligned = (cells[k].rjust(w) if 2 <= k <= 5 else cells[k].ljust(w) for k, w in widths.items())
+    # Columns 2 to 7 are numbers.
+    aligned = (cells[k].rjust(w) if 2 <= k <= 7 else cells[k].ljust(w) for k, w in widths.items())
     return "  ".join(aligned).rstrip()
 
 
@@ -135,6 +139,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         spread,
         _number(row.tbps, ".2f"),
         _number(row.share, ".2f"),
+        _number(row.floor_us, ".1f"),
+        _number(row.speedup, ".2f"),
         row.original,
         row.goal,
         row.verdict,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -22,12 +23,18 @@ from .rivals import free_torch_memory, torch_stream
 LONG_CALL = 100.0
 #: Calls that one graph holds, at least.
 GRAPH_CALLS = 20
+#: Microseconds of calls that one graph holds, at least, if they are that long.
+GRAPH_US = 2000.0
+#: Calls in a row whose time from Python is taken.
+EAGER_CALLS = 10
 #: Calls that one sample of the host's time spans: few, so that the launch queue never fills up.
 HOST_CALLS = 10
 #: Bytes that the copy which sets the ceiling reads.
 COPY_BYTES = 2**30
 
 Call = Callable[[], Any]
+#: Makes a graph, which has a method ``launch(stream)``, of so many rounds of calls.
+Capture = Callable[[Sequence[Call], int, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,12 @@ def free_memory() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
 
 
-def time_events(calls: Sequence[Call], repeats: int, stream: Any, per_call: int = 1) -> Timing:
+def time_events(
+    calls: Sequence[Call], repeats: int, stream: Any, per_call: int = 1, before: Call | None = None
+) -> Timing:
     """Events around each call, in turn; nothing waits in between.
 
-    `per_call` is the number of operations that one call stands for.
+    `per_call` is the number of operations that one call stands for. `before` is called ahead of each sample, untimed.
     """
     import cupy
 
@@ -119,6 +128,8 @@ def time_events(calls: Sequence[Call], repeats: int, stream: Any, per_call: int 
     for call in itertools.islice(itertools.cycle(calls), max(2, len(calls))):
         call()  # warms up, and keeps the device busy while the first timed call is queued
     for call, (begin, end) in zip(itertools.cycle(calls), events):
+        if before is not None:
+            before()
         begin.record(stream)
         call()
         end.record(stream)
@@ -127,18 +138,29 @@ def time_events(calls: Sequence[Call], repeats: int, stream: Any, per_call: int 
     return summarize(samples, "events")
 
 
-def time_graph(calls: Sequence[Call], repeats: int, stream: Any) -> Timing:
-    """Replays of a CUDA graph of 20 calls or more, in turn, over their number."""
+def time_graph(
+    calls: Sequence[Call],
+    repeats: int,
+    stream: Any,
+    *,
+    least: int = GRAPH_CALLS,
+    before: Call | None = None,
+    capturing: Capture | None = None,
+) -> Timing:
+    """Replays of a CUDA graph of `least` calls or more, in turn, over their number.
+
+    `before` is called ahead of each replay, untimed; `capturing` makes the graph, by default :func:`capture`.
+    """
     import cupy
 
-    rounds = math.ceil(GRAPH_CALLS / len(calls))
+    rounds = math.ceil(least / len(calls))
     pool = cupy.cuda.MemoryPool()  # holds what the captured calls allocate, for as long as the graph is replayed
     with cupy.cuda.using_allocator(pool.malloc):
         for call in calls:
             call()
         stream.synchronize()
-        graph = capture(calls, rounds, stream)
-        timing = time_events([lambda: graph.launch(stream)], repeats, stream, rounds * len(calls))
+        graph = (capturing or capture)(calls, rounds, stream)
+        timing = time_events([lambda: graph.launch(stream)], repeats, stream, rounds * len(calls), before)
     return Timing(timing.median_us, timing.low_us, timing.high_us, timing.repeats, "graph")
 
 
@@ -162,6 +184,31 @@ def time_device(calls: Sequence[Call], repeats: int, stream: Any) -> Timing:
     if time_events(calls, 3, stream).median_us >= LONG_CALL:
         return time_events(calls, repeats, stream)
     return time_graph(calls, repeats, stream)
+
+
+def time_captured(
+    calls: Sequence[Call],
+    repeats: int,
+    stream: Any,
+    least: int = GRAPH_CALLS,
+    before: Call | None = None,
+    capturing: Capture | None = None,
+) -> Timing:
+    """Time in a graph of `least` calls, or of fewer where they are long; see :func:`time_graph`."""
+    estimate = time_events(calls, 3, stream).median_us
+    least = max(1, min(least, math.ceil(GRAPH_US / max(estimate, 1))))
+    return time_graph(calls, repeats, stream, least=least, before=before, capturing=capturing)
+
+
+def time_eager(calls: Sequence[Call], repeats: int, stream: Any, before: Call | None = None) -> Timing:
+    """Time of a call among some in a row from Python: that of the device or of the host, whichever is longer."""
+
+    def several() -> None:
+        for call in itertools.islice(itertools.cycle(calls), EAGER_CALLS):
+            call()
+
+    timing = time_events([several], repeats, stream, EAGER_CALLS, before)
+    return dataclasses.replace(timing, clock="eager")
 
 
 def time_host(call: Call, repeats: int, stream: Any, clock: str = "host") -> Timing:

@@ -11,12 +11,15 @@ from ._gather import sparse_gather
 from ._jit import KernelCompileError, build_at_import, precompile
 from ._reduce_mask import BlockIndices, block_indices, reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_var
+from ._tune import BlockCandidate, BlockTuning, tune_block_size
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockCandidate",
     "BlockIndices",
     "BlockParams",
+    "BlockTuning",
     "BottleneckWeights",
     "KernelCompileError",
     "block_indices",
@@ -32,6 +35,7 @@ __all__ = [
     "sparse_res_block_bottleneck",
     "sparse_scatter",
     "sparse_scatter_var",
+    "tune_block_size",
 ]
 
 build_at_import()
