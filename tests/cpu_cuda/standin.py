@@ -106,7 +106,7 @@ def asarray(values: Any) -> ndarray:
 
 def _as_strided(array: ndarray, shape: Any, strides: Any) -> ndarray:
     memory = array.memory
-    return ndarray(np.ndarray(shape, array.dtype, memory.bytes(), array.data.ptr - memory.address, strides))
+    return ndarray.of(np.ndarray(shape, array.dtype, memory.bytes(), array.data.ptr - memory.address, strides))
 
 
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
