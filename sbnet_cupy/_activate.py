@@ -52,7 +52,7 @@ def _launch(source: Any, target: Any, affine: Affine, addresses: tuple[int, int]
     ready = _prepare(spec_of(source), spec_of(target), where, affine.relu)
     affine = affine.aligned()
     argument = ready.argument.at(source.data.ptr, target.data.ptr, *addresses, *affine.addresses)
-    _jit.launch(ready.instance, ready.grid, ready.block, (argument,))
+    _jit.launch(ready.instance, ready.grid, ready.block, argument)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import _device, _reference
-from ._affine import Affine, check_channels, check_floating, parse_activation
+from ._affine import IDENTITY, Affine, check_channels, check_floating, parse_activation
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
     Reach,
@@ -99,9 +99,12 @@ def sparse_gather(
     The only allocation is the stack, besides copies of `scale` and `shift` where their elements do not lie side by side
     from a multiple of 16 bytes on. The result is bitwise reproducible.
     """
-    affine = Affine(scale, shift, parse_activation(activation))
-    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices, **affine.arrays}
-    xp = array_namespace(out=out, **inputs)
+    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
+    affine = IDENTITY
+    if not (scale is None and shift is None and activation is None):
+        affine = Affine(scale, shift, parse_activation(activation))
+        inputs.update(affine.arrays)
+    xp = array_namespace(inputs, out)
     grid, transpose = parse_grid(bsize, boffset, bstride), bool(transpose)
     specs = (spec_of(x), spec_of(bin_counts), spec_of(active_block_indices), affine.spec)
     given = None if out is None else spec_of(out)

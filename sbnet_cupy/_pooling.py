@@ -56,16 +56,14 @@ def reduce_mask(
     bin_counts = memory + ready.count_offset
     indices = memory + ready.indices_offset
     waiting = _waiting() if capacity is None else None
-    argument = (
-        ready.argument.at(
-            mask.data.ptr,
-            scratch.ptr,
-            scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
-            indices.ptr,
-            bin_counts.ptr,
-            waiting.count_address if waiting else 0,
-            waiting.arrivals.ptr if waiting and ready.fused else 0,
-        ),
+    argument = ready.argument.at(
+        mask.data.ptr,
+        scratch.ptr,
+        scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
+        indices.ptr,
+        bin_counts.ptr,
+        waiting.count_address if waiting else 0,
+        waiting.arrivals.ptr if waiting and ready.fused else 0,
     )
     _jit.launch(ready.pooling, ready.grid, ready.block, argument)
     if not ready.fused:

@@ -101,7 +101,7 @@ def sparse_scatter(
     grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
-    xp = array_namespace(**inputs, x=x, out=out)
+    xp = array_namespace({**inputs, "x": x}, out)
     grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
     specs, device = tuple(map(spec_of, inputs.values())), current_device(xp)
     _prepare(*specs, spec_of(x), grid, *flags, device)
@@ -156,7 +156,7 @@ def sparse_scatter_var(
     tensor is allocated or copied.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
-    xp = array_namespace(**inputs, x=x)
+    xp = array_namespace({**inputs, "x": x})
     grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
     call = _prepare(*map(spec_of, inputs.values()), spec_of(x), grid, *flags, current_device(xp))
     check_separate("x", x, output_reach("x", call.x), inputs, call.input_reaches)

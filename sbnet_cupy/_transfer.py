@@ -53,7 +53,7 @@ def gather(launch: Launch, x: Any, bin_counts: Any, indices: Any, stack: Any, af
         affine = affine.aligned()
         ends = affine.addresses
     argument = launch.argument.at(x.data.ptr, stack.data.ptr, indices.data.ptr, bin_counts.data.ptr, *ends)
-    _jit.launch(launch.instance, launch.grid, launch.block, (argument,))
+    _jit.launch(launch.instance, launch.grid, launch.block, argument)
 
 
 def prepare_scatter(
@@ -79,11 +79,11 @@ def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, 
         # One allocation for both arrays of the cover map; see kernels/cover.cuh.
         cover = cupy.empty(launch.cells + (rows if add else 0), np.int32)
         cover.data.memset_async(0xFF, 4 * launch.cells)
-        arguments = (argument, _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0))
-        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
+        covered = _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0)
+        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), argument, covered)
     else:
-        arguments = (argument, _NO_COVER)
-    _jit.launch(launch.instance, launch.grid, launch.block, arguments)
+        covered = _NO_COVER
+    _jit.launch(launch.instance, launch.grid, launch.block, argument, covered)
 
 
 #: struct Cover of kernels/cover.cuh: nothing but addresses.

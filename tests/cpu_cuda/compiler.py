@@ -155,7 +155,9 @@ class Kernel:
 
 
 def _bytes_of(argument: Any) -> bytes:
-    """What CuPy passes for an argument: pointers for its arrays, everything else by value."""
+    """What is passed for an argument: pointers for arrays of the device, everything else by value."""
+    if isinstance(argument, bytes):
+        return argument
     if hasattr(argument, "data") and hasattr(argument.data, "ptr"):
         return np.uint64(argument.data.ptr).tobytes()
     if isinstance(argument, np.ndarray) and argument.size != 1:
