@@ -237,7 +237,7 @@ __device__ inline bool arrives_last(unsigned int* arrivals) {
 
 // One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish
 // lists the active blocks, and no other kernel need be launched.
-// Registers: at most 128.
+// Registers: at most 64.
 template <typename T, template <typename> class PoolOf, int kLanes>
 __global__ void __launch_bounds__(kPoolThreads, kPoolCtas) block_activity(const Reduction r) {
     const unsigned int grid_row = r.by_strips(blockIdx.x);

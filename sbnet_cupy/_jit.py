@@ -35,7 +35,11 @@ class KernelCompileError(RuntimeError):
     """A kernel did not compile. The message carries NVRTC's log, with the file and line of each error."""
 
 
-def launch(instance: Instance, grid: tuple[int, ...], block: tuple[int, ...], *arguments: bytes) -> None:
+#: CTAs of a grid, and threads of a CTA, along x, y and z.
+Dim3 = tuple[int, int, int]
+
+
+def launch(instance: Instance, grid: Dim3, block: Dim3, *arguments: bytes) -> None:
     """Run a kernel on the current stream, after compiling it if nobody has yet. Arguments are passed by value."""
     kernel = _kernels.get(instance)
     if kernel is None:
@@ -84,13 +88,14 @@ class DirectKernel:
         self._kernel = kernel
         self._launch, self._current_stream = driver.launchKernel, get_current_stream
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[bytes, ...]) -> None:
+    def __call__(self, grid: Dim3, block: Dim3, arguments: tuple[bytes, ...]) -> None:
         frame, start = self._frame, 0
         for argument in arguments:
             frame.arguments[start : start + len(argument)] = argument
             start += frame.room
-        grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-        self._launch(self._kernel.kernel.ptr, *grid, *block, 0, self._current_stream().ptr, frame.address, 0)
+        (x, y, z), (threads_x, threads_y, threads_z) = grid, block
+        stream, function = self._current_stream().ptr, self._kernel.kernel.ptr
+        self._launch(function, x, y, z, threads_x, threads_y, threads_z, 0, stream, frame.address, 0)
 
 
 def compile_instances(instances: Sequence[Instance]) -> list[Any]:

@@ -25,8 +25,8 @@ class Launch:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
+    grid: _jit.Dim3
+    block: _jit.Dim3
     argument: _jit.Template
     cells: int = 0  # of the cover map; 0 if it is not needed
     activates: bool = False  # whether it computes act(x*scale + shift)
@@ -43,7 +43,7 @@ def prepare_gather(
     activates = plan.walk.order != "tiled" and not affine.is_identity
     instance = gather_instance(plan.walk, grid.bsize, x.dtype if activates else None)
     argument = _argument(plan, x, stack, index_strides, grid, affine)
-    return Launch(instance, plan.grid, plan.block, argument, activates=activates)
+    return Launch(instance, (*plan.grid, 1), (*plan.block, 1, 1), argument, activates=activates)
 
 
 def gather(launch: Launch, x: Any, bin_counts: Any, indices: Any, stack: Any, affine: Affine) -> None:
@@ -68,7 +68,7 @@ def prepare_scatter(
     argument = _argument(plan, x, stack, index_strides, grid)
     mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
     instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
-    return Launch(instance, plan.grid, plan.block, argument, cells if mapped else 0)
+    return Launch(instance, (*plan.grid, 1), (*plan.block, 1, 1), argument, cells if mapped else 0)
 
 
 def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, add: bool) -> None:
@@ -80,7 +80,7 @@ def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, 
         cover = cupy.empty(launch.cells + (rows if add else 0), np.int32)
         cover.data.memset_async(0xFF, 4 * launch.cells)
         covered = _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0)
-        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), argument, covered)
+        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS), 1, 1), (MAX_THREADS, 1, 1), argument, covered)
     else:
         covered = _NO_COVER
     _jit.launch(launch.instance, launch.grid, launch.block, argument, covered)

@@ -57,13 +57,23 @@ class Spec(NamedTuple):
 
 def spec_of(array: Any) -> Spec:
     """The :class:`Spec` of a NumPy or CuPy array."""
+    return Spec(*look_at(array))
+
+
+#: The fields of a Spec, as a plain tuple.
+Look = tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], int, int]
+
+
+def look_at(array: Any) -> Look:
+    """The fields of an array's :class:`Spec`: what calls are cached by, since to make the Spec takes as long again."""
+    if type(array) is np.ndarray:
+        return array.shape, array.strides, array.dtype, 0, -1
     if isinstance(array, np.ndarray):
-        return Spec(array.shape, array.strides, array.dtype, 0, -1)
+        return look_at(array.view(np.ndarray))
     data = array.data
     address = data.ptr
-    # An empty array has no memory, and so lies on every device. (Spec(...) would take three times as long.)
-    fields = (array.shape, array.strides, array.dtype, address % 16, data.device_id if address else -1)
-    return tuple.__new__(Spec, fields)
+    # An empty array has no memory, and so lies on every device.
+    return array.shape, array.strides, array.dtype, address % 16, data.device_id if address else -1
 
 
 def array_namespace(arrays: dict[str, Any], out: Any = None) -> ModuleType:
