@@ -111,7 +111,7 @@ def sparse_gather(
     given = None if out is None else look_at(out)
     call = _prepare(*looks, given, grid, transpose, current_device(xp))
     if out is None:
-        out = xp.empty(call.shape, x.dtype)
+        out = xp.ndarray(call.shape, x.dtype)
         if xp is not np and out.data.ptr % 16:  # from an allocator with other manners than CuPy's
             call = _prepare(*looks, look_at(out), grid, transpose, current_device(xp))
     else:

@@ -22,7 +22,7 @@ from ._validate import Spec
 _POOL_THREADS = 256
 _COMPACT_THREADS = 256
 _WARP = 32
-_ROWS = 6
+_ROWS = 9
 
 #: CTAs that pooling should have at least, or strips are made narrower: one for every second multiprocessor of an H200.
 #: More would read a small mask no faster, and leave more words to compact.

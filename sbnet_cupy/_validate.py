@@ -66,10 +66,8 @@ Look = tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], int, int]
 
 def look_at(array: Any) -> Look:
     """The fields of an array's :class:`Spec`: what calls are cached by, since to make the Spec takes as long again."""
-    if type(array) is np.ndarray:
-        return array.shape, array.strides, array.dtype, 0, -1
     if isinstance(array, np.ndarray):
-        return look_at(array.view(np.ndarray))
+        return array.shape, array.strides, array.dtype, 0, -1
     data = array.data
     address = data.ptr
     # An empty array has no memory, and so lies on every device.
