@@ -86,10 +86,10 @@ def array_namespace(arrays: dict[str, Any], out: Any = None) -> ModuleType:
         kinds.add(type(out))
     if len(kinds) == 1:
         (kind,) = kinds
-        if kind is on_device:
-            return cupy  # type: ignore[no-any-return]
         if kind is np.ndarray:
             return np
+        if kind is on_device:
+            return cupy  # type: ignore[no-any-return]
     # Subclasses, or an error.
     first = ""
     namespace: Any = None
