@@ -99,7 +99,7 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 512 rows on a
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows on a
     grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}

@@ -64,7 +64,7 @@ def prepare_scatter(
     cells = x.shape[0] * height.count * width.count
     if stack.size == 0 or x.size == 0 or cells == 0:
         return None
-    plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), grid.overlaps)
+    plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), True, grid.overlaps)
     argument = _argument(plan, x, stack, index_strides, grid)
     mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
     instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
@@ -91,13 +91,16 @@ _COVER = _jit.Template(2, [])
 _NO_COVER = _COVER.at(0, 0)
 
 
-def _plan(x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, overlaps: bool = False) -> TransferPlan:
+def _plan(
+    x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, scatters: bool = False, overlaps: bool = False
+) -> TransferPlan:
     order = (0, 2, 3, 1) if transpose else (0, 1, 2, 3)
     return plan_transfer(
         Layout(x.misalignment, x.shape, x.strides),
         Layout(stack.misalignment, tuple(stack.shape[k] for k in order), tuple(stack.strides[k] for k in order)),
         x.itemsize,
         word,
+        scatters,
         overlaps,
     )
 
