@@ -40,8 +40,8 @@ constexpr int kPoolThreads = 256;
 // than only those that do: a load whose use depends on a branch is put off until that branch, and then waited for.
 // A pixel that does not count is one of the same block, read again.
 //
-// Pool::kCtas CTAs must fit on a multiprocessor: with as few registers as suffice for 9 loads in flight. On an H200, 8 masks of
-// 2048 x 2048 pixels took 43 us with 4 CTAs, and 45 us with 3.
+// Pool::kCtas CTAs must fit on a multiprocessor: with as few registers as suffice for 9 loads in flight. On an H200, 8
+// masks of 2048 x 2048 pixels took 43 us with 4 CTAs, and 45 us with 3.
 //
 // Pool::Columns<kLanes> is the shared memory of a CTA: `put` stores what each thread knows of its columns, and after a
 // barrier `collect` adds to `mine`, the pool of the block that a thread owns, the block's columns of this piece:

@@ -8,8 +8,8 @@
 namespace sbnet {
 
 // Rows that a thread has in flight at once. The host gives a column so many threads that this takes in the whole of a
-// usual block: 18 rows are 2 threads with 9 loads each. On an H200, 8 masks of 2048 x 2048 pixels took 43 us with 9, 47 us
-// with 6 and 44 us with 18.
+// usual block: 18 rows are 2 threads with 9 loads each. On an H200, 8 masks of 2048 x 2048 pixels took 43 us with 9, 47
+// us with 6 and 44 us with 18.
 constexpr int kPoolRows = 9;
 
 constexpr int kCompactThreads = 256;

@@ -1,5 +1,5 @@
-// sparse_scatter: block stack to image tensor. Each pixel is written by the threads of one row of the stack, in every run
-// the same: see cover.cuh for blocks that repeat, overlap.cuh for those that overlap.
+// sparse_scatter: block stack to image tensor. Each pixel is written by the threads of one row of the stack, in every
+// run the same: see cover.cuh for blocks that repeat, overlap.cuh for those that overlap.
 #include "combine.cuh"
 #include "cover.cuh"
 #include "overlap.cuh"
@@ -94,7 +94,8 @@ __device__ inline void put_twins(const Transfer& t, const Cover& cover, const Pl
     }
 }
 
-// Image and stack are contiguous along the same axis (or along none).
+// Image and stack are contiguous along the same axis (or along none). Of 2, 3 and 4 CTAs a multiprocessor, 3 were the fastest
+// on an H200: 0.90, 0.92 and 0.90 of a copy's bandwidth, 0.71, 0.80 and 0.72 for overlapping sums.
 // Registers: at most 80.
 template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder, bool kOverlaps>
 __global__ void __launch_bounds__(kMaxThreads, 3) scatter(const Transfer t, const Cover cover) {
