@@ -94,8 +94,8 @@ __device__ inline void put_twins(const Transfer& t, const Cover& cover, const Pl
     }
 }
 
-// Image and stack are contiguous along the same axis (or along none). Of 2, 3 and 4 CTAs a multiprocessor, 3 were the fastest
-// on an H200: 0.90, 0.92 and 0.90 of a copy's bandwidth, 0.71, 0.80 and 0.72 for overlapping sums.
+// Image and stack are contiguous along the same axis (or along none). Of 2, 3 and 4 CTAs a multiprocessor, 3 were the
+// fastest on an H200: 0.90, 0.92 and 0.90 of a copy's bandwidth, 0.71, 0.80 and 0.72 for overlapping sums.
 // Registers: at most 80.
 template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder, bool kOverlaps>
 __global__ void __launch_bounds__(kMaxThreads, 3) scatter(const Transfer t, const Cover cover) {

@@ -199,9 +199,9 @@ struct Share {
 constexpr int kMaxThreads = 256;
 
 // Words that a thread loads before it stores the first, at most. On an H200, gathering half of the blocks of
-// 8x512x512x128 float32, 18 x 18 pixels each, reached 1.00 of a copy's bandwidth with 9 words of 16 bytes, 0.99 with 6, 0.98
-// with 4 and 0.97 with 3. With 3 channels, in words of 4 bytes, gather reached 0.78, 0.82 and 0.83 with 6, 12 and 18, and
-// scatter 0.70, 0.67 and 0.62.
+// 8x512x512x128 float32, 18 x 18 pixels each, reached 1.00 of a copy's bandwidth with 9 words of 16 bytes, 0.99 with 6,
+// 0.98 with 4 and 0.97 with 3. With 3 channels, in words of 4 bytes, gather reached 0.78, 0.82 and 0.83 with 6, 12 and
+// 18, and scatter 0.70, 0.67 and 0.62.
 template <int kWordBytes>
 constexpr int kMostLoads = kWordBytes == 16 ? 9 : 12;
 
