@@ -160,4 +160,7 @@ def test_a_spill_would_be_seen() -> None:
 
 def test_errors_name_file_and_line() -> None:
     with pytest.raises(CompileException, match=r"gather\.cu\(\d+\)|vec\.cuh\(\d+\)"):
-        compile_for("sm_90", [Instance("gather.cu", "sbnet::gather<3, unsigned int, 4, 4, sbnet::Order::kChannels>")])
+        compile_for(
+            "sm_90",
+            [Instance("gather.cu", "sbnet::gather<sbnet::Copy<3>, unsigned int, 4, 4, sbnet::Order::kChannels>")],
+        )

@@ -32,10 +32,14 @@ FLOAT32 = np.dtype(np.float32)
 Patches = tuple[tuple[str, Any], ...]
 
 
-#: Small cases have few channels, and are to turn in tiles all the same.
-TILES: Patches = tuple(
-    (f"sbnet_cupy._plan.{name}", 4)
-    for name in ("_GATHER_TILED_CHANNELS", "_GATHER_TILED_CHANNELS_NCHW", "_SCATTER_TILED_CHANNELS")
+#: Small cases are to do what large ones do: to turn in tiles, though they have few channels; to share CTAs, though they
+#: have few rows; and to share out the rows of a block.
+LIKE_LARGE: Patches = (
+    ("sbnet_cupy._plan._GATHER_TILED_CHANNELS", 4),
+    ("sbnet_cupy._plan._GATHER_TILED_CHANNELS_NCHW", 4),
+    ("sbnet_cupy._plan._SCATTER_TILED_CHANNELS", 4),
+    ("sbnet_cupy._plan.LISTED_ROWS", 1),
+    ("sbnet_cupy._plan._LEAST_LINES", 6),
 )
 
 
@@ -61,7 +65,7 @@ class Call:
     @contextmanager
     def patched(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in TILES + self.patches:
+            for name, value in LIKE_LARGE + self.patches:
                 patch.setattr(name, value)
             yield
 
@@ -148,12 +152,14 @@ def activate_call(case: Case, name: str, source: str | None = None, image: bool 
 
 def affine_gather_call(case: Case, name: str) -> Call:
     def run(xp: Any) -> list[Any]:
-        x, _, bin_counts, indices = case.arrays(_close(xp))
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
         rng = np.random.default_rng(0)
-        scale, shift = (xp.asarray(_values(rng, (case.x.shape[3],), np.dtype(np.float32))) for _ in range(2))
+        wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+        scale, shift = (xp.asarray(_values(rng, (case.x.shape[3],), wide)) for _ in range(2))
         how: dict[str, Any] = {**case.grid, "transpose": case.transpose, "activation": "relu"}
-        with guarded(xp, (x, bin_counts, indices, scale, shift)):
-            return [sbnet_cupy.sparse_gather(x, bin_counts, indices, **how, scale=scale, shift=shift)]
+        with guarded(xp, (x, bin_counts, indices, scale, shift), blocks):
+            sbnet_cupy.sparse_gather(x, bin_counts, indices, **how, scale=scale, shift=shift, out=blocks)
+        return [blocks]
 
     return Call(f"affine-gather-{name}", run, nan_payloads=False)
 
@@ -442,8 +448,11 @@ def activate_calls() -> list[Call]:
     """Every number of lanes of every dtype, in place and to a half type; many words and pixels for a CTA; images."""
     calls = []
     for number, dtype in enumerate(dtype for dtype in DTYPES if dtype.name in _instances.ACTIVATED):
+        planes = random_case(number, dtype, 3, transpose=True, layouts=("nchw", "nhwc"))
+        calls.append(affine_gather_call(planes, f"{dtype}-columns"))
         for channels in (16, 12, 6, 4, 3, 2):
             case = random_case(10 * number + channels, dtype, channels)
+            calls.append(affine_gather_call(case, f"{dtype}-{channels}"))
             calls.append(activate_call(case, f"{dtype}-{channels}"))
             if dtype.itemsize == 2:
                 calls.append(activate_call(case, f"{dtype}-{channels}-from-float32", source="float32"))

@@ -51,7 +51,8 @@ class _Pointer:
 class ndarray:
     """An array "on the device". Not a NumPy array, so that whoever mixes up the two finds out."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer | None = None) -> None:
+        memptr = memptr or empty(shape, dtype).data
         memory = memptr.owner
         bytes_ = memory.bytes()[memptr.ptr - memory.address :][: math.prod(shape) * np.dtype(dtype).itemsize]
         self.host: np.ndarray[Any, Any] = bytes_.view(dtype).reshape(shape)
