@@ -159,6 +159,10 @@ MISTAKES = {
         "__shared__ int tile[8];\ntile[threadIdx.x] = 0;", 9,
         r"thread \(8,0,0\) \S*text.cu:2: undefined behaviour",
     ),
+    "beside-shared": (  # by a pointer, whose bounds the compiler does not know
+        "__shared__ int tile[8];\nint* end = tile + 8;\nend[threadIdx.x] = 0;", 9,
+        r"block \(0,0,0\) .* past the end of shared memory",
+    ),
     "overflow": ("p[0] = 0x7fffffff + int(threadIdx.x);", 9, r"thread \(1,0,0\) \S*text.cu:1: undefined behaviour"),
     "dynamic-shared": (
         "extern __shared__ int room[];\nroom[threadIdx.x] = 0;", 9,

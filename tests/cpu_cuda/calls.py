@@ -210,8 +210,12 @@ def random_case(
         rows = len(indices)
     elif rows:
         indices[rng.integers(0, rows, 3)] = indices[rng.integers(0, rows, 3)]
-        indices[rng.integers(0, rows, 2)] = rng.choice([INT32.min, -(2**30), 0, 2**30, INT32.max], (2, 3))
-        indices[-3] = [1, last[0] // 2, last[1] // 2]  # the first row out of use, where there are such
+        hostile, extremes = rng.permutation(rows)[:4], [INT32.min, -(2**30), 2**30, INT32.max]
+        indices[hostile] = rng.choice([*extremes, 0], (4, 3))
+        indices[hostile[2]] = 1, rng.choice(extremes), 0  # and one of the numbers alone
+        indices[hostile[3]] = 1, 0, rng.choice(extremes)
+        # The first row out of use, where there are such; else the last in use.
+        indices[-3 if seed % 3 == 0 else -1] = [1, last[0] // 2, last[1] // 2]
     return Case(
         x=_values(rng, (2, *size, channels), dtype),
         stack=_values(rng, (rows, *bsize, channels), dtype),
@@ -394,22 +398,38 @@ def large_cases(order: str, dtype: np.dtype[Any] = FLOAT32) -> dict[str, tuple[C
     transpose, layouts = _ORDERS[order]
     make = functools.partial(random_case, dtype=dtype, transpose=transpose, layouts=layouts)
     found: dict[str, tuple[Case, Patches]] = {}
-    for seed, overlaps in enumerate((False, True)):
+    for seed, overlaps in ((1, False), (2, True)):
         how = "overlapping" if overlaps else "apart"
         # Several CTAs along a block, whose lines they share; the same with one CTA. The last tile has few channels.
-        several = make(seed, channels=70, bsize=(8, 8), rows=12, overlaps=overlaps)
+        several = make(seed, channels=70, bsize=(8, 8), size=(20, 23), overlaps=overlaps)
         found[f"several-ctas-{how}"] = several, ()
         found[f"few-ctas-{how}"] = several, FEW_CTAS
         # Several rows in a CTA with threads to spare, and several blocks in a tile, but fewer in the last.
-        found[f"several-rows-{how}"] = make(seed, channels=5, bsize=(4, 7), rows=40, overlaps=overlaps), ()
+        found[f"several-rows-{how}"] = make(seed, channels=5, bsize=(6, 12), size=(20, 40), overlaps=overlaps), ()
         # More pixels than a tile holds, and lines that CTAs do not share evenly.
-        large = make(seed, channels=36, bsize=(23, 20), rows=9, size=(30, 40), overlaps=overlaps)
+        large = make(seed, channels=36, bsize=(23, 20), rows=25, size=(60, 50), overlaps=overlaps)
         found[f"parts-{how}"] = large, ()
         found[f"parts-few-ctas-{how}"] = large, FEW_CTAS
-        found[f"odd-parts-{how}"] = make(seed, channels=8, bsize=(19, 19), rows=9, overlaps=overlaps), ()
+        odd = make(seed, channels=8, bsize=(19, 19), rows=25, size=(50, 50), overlaps=overlaps)
+        found[f"odd-parts-{how}"] = odd, ()
         found[f"wide-{how}"] = make(seed, channels=9, bsize=(3, 3), overlaps=overlaps), WIDE
     zones = make(5, channels=70, bsize=(8, 8), size=(22, 23), bstride=(5, 6), rows_are="ascending")
-    return {**found, "zones-overlapping": (zones, ()), "zones-few-ctas-overlapping": (zones, FEW_CTAS)}
+    found["zones-overlapping"] = zones, ()
+    found["zones-few-ctas-overlapping"] = zones, FEW_CTAS
+    for name, bstride in (("near", (3, 5)), ("far", (1, 2))):
+        ordered = make(4, channels=5, bsize=(4, 7), bstride=bstride, rows_are="shuffled")
+        found[f"ends-{name}-overlapping"] = _at_the_ends(ordered), ()
+    return found
+
+
+def _at_the_ends(case: Case) -> Case:
+    """Half of a case's blocks, with indices such that none can follow them down, and none come before them across."""
+    _, down, across = case.indices.max(axis=0) // 2
+    kept = (case.indices[:, 1] <= down) & (case.indices[:, 2] >= across)
+    shift = INT32.max - int(down), INT32.min - int(across)
+    boffset = tuple(offset - k * stride for offset, k, stride in zip(case.boffset, shift, case.bstride))
+    indices = (case.indices[kept].astype(np.int64) + np.array([0, *shift])).astype(np.int32)
+    return replace(case, indices=indices, stack=case.stack[kept], boffset=boffset)
 
 
 def twin_cases(order: str) -> dict[str, tuple[Case, Patches]]:

@@ -31,7 +31,8 @@ _FOLDER = Path(__file__).resolve().parent
 #: and guard pages see as well.
 _FLAGS = (
     "-O0 -g -w -fPIC -shared -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init -fno-exceptions -fno-rtti "
-    "-fsanitize=undefined -fno-sanitize=vptr,object-size,pointer-overflow -fsanitize-undefined-trap-on-error"
+    "-fsanitize=undefined,bounds-strict -fsanitize-undefined-trap-on-error "
+    "-fno-sanitize=vptr,object-size,pointer-overflow"
 ).split()
 
 #: Each edit of a kernel leaves libraries behind that nobody will ask for again.
