@@ -94,11 +94,21 @@ __device__ inline void put_twins(const Transfer& t, const Cover& cover, const Pl
     }
 }
 
-// Image and stack are contiguous along the same axis (or along none). Of 2, 3 and 4 CTAs a multiprocessor, 3 were the
-// fastest on an H200: 0.90, 0.92 and 0.90 of a copy's bandwidth, 0.71, 0.80 and 0.72 for overlapping sums.
-// Registers: at most 80.
+// CTAs that must fit on a multiprocessor. Of 2, 3 and 4, 3 were the fastest on an H200: 0.90, 0.92 and 0.90 of a copy's
+// bandwidth, 0.71, 0.80 and 0.72 for overlapping sums. For other generations, where counting takes 64 bits, and for sums
+// of numbers that do not have 4 bytes, registers would spill with 3.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <typename Combine, typename Index>
+constexpr int kScatterCtas = sizeof(Index) == 4 && Combine::kFewRegisters ? 3 : 2;
+#else
+template <typename Combine, typename Index>
+constexpr int kScatterCtas = 2;
+#endif
+
+// Image and stack are contiguous along the same axis (or along none).
+// Registers: at most 128.
 template <typename Combine, typename Index, Index kBlockH, Index kBlockW, Order kOrder, bool kOverlaps>
-__global__ void __launch_bounds__(kMaxThreads, 3) scatter(const Transfer t, const Cover cover) {
+__global__ void __launch_bounds__(kMaxThreads, kScatterCtas<Combine, Index>) scatter(const Transfer t, const Cover cover) {
     const Share<Index, kBlockH> share(t);
     if (share.row >= t.rows) return;
     const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, share.row);

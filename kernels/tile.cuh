@@ -21,6 +21,9 @@ constexpr int kPieceBytes = 16;
 // pixels to a transposed stack reached 0.98 of a copy's bandwidth in one tile a block, and 0.94 in two.
 constexpr int kMostPixels = 352;
 
+// Blocks of a tile at most: what is known of each takes shared memory too.
+constexpr int kMostBlocks = 32;
+
 constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // How blocks of kBlockPixels pixels and channels of kBytes bytes are cut into tiles.
@@ -38,7 +41,8 @@ struct TileShape {
     static constexpr bool kSwaps = kPixels % kPiece == 0;
     static constexpr int kPlaces = kBytes == 1 ? 2 : 4;  // of a piece in a line of pixels: what memory allows
     static constexpr int kPitch = kSwaps ? round_up(kPixels, kPlaces * kPiece) : kPixels;
-    static constexpr int kBlocks = !kAlone && kPitch < kMostPixels ? kMostPixels / kPitch : 1;
+    static constexpr int kFit = kMostPixels / kPitch;
+    static constexpr int kBlocks = kAlone || kFit < 1 ? 1 : kFit < kMostBlocks ? kFit : kMostBlocks;
     static constexpr int kElements = kBlocks * kPitch * kChannels;
 };
 

@@ -15,6 +15,9 @@ MAX_THREADS = 256
 #: A tile, as in kernels/tile.cuh: pixels at most, and bytes of the channels of each.
 TILE_PIXELS, TILE_BYTES = 352, 128
 
+#: Blocks that share a tile at most.
+TILE_BLOCKS = 32
+
 _WARP = 32
 
 #: With fewer channels than this, tiles would be mostly empty: neighbouring threads then step from pixel to
@@ -142,7 +145,7 @@ def cut_tiles(itemsize: int, pixels: int, alone: bool) -> tuple[int, int]:
         return parts, 1
     piece = MAX_WORD // itemsize
     pitch = pixels if pixels % piece else _round_up(pixels, piece * (2 if itemsize == 1 else 4))
-    return 1, max(1, TILE_PIXELS // pitch)
+    return 1, max(1, min(TILE_PIXELS // pitch, TILE_BLOCKS))
 
 
 def _round_up(number: int, unit: int) -> int:
