@@ -238,9 +238,9 @@ __device__ inline bool arrives_last(unsigned int* arrivals) {
 
 // One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish
 // lists the active blocks, and no other kernel need be launched.
-// Registers: at most 80.
+// Registers: at most 128.
 template <typename T, template <typename> class PoolOf, int kLanes>
-__global__ void __launch_bounds__(kPoolThreads, PoolOf<T>::kCtas) block_activity(const Reduction r) {
+__global__ void __launch_bounds__(kPoolThreads, ctas_that_fit(PoolOf<T>::kCtas)) block_activity(const Reduction r) {
     const unsigned int grid_row = r.by_strips(blockIdx.x);
     const unsigned int image = r.by_blocks_h(grid_row);
     const unsigned int number = blockIdx.x - grid_row * static_cast<unsigned int>(r.strips);

@@ -95,15 +95,10 @@ __device__ inline void put_twins(const Transfer& t, const Cover& cover, const Pl
 }
 
 // CTAs that must fit on a multiprocessor. Of 2, 3 and 4, 3 were the fastest on an H200: 0.90, 0.92 and 0.90 of a copy's
-// bandwidth, 0.71, 0.80 and 0.72 for overlapping sums. For other generations, where counting takes 64 bits, and for sums
-// of numbers that do not have 4 bytes, registers would spill with 3.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+// bandwidth, 0.71, 0.80 and 0.72 for overlapping sums. Where counting takes 64 bits, and for sums of numbers that do not
+// have 4 bytes, registers would spill with 3.
 template <typename Combine, typename Index>
-constexpr int kScatterCtas = sizeof(Index) == 4 && Combine::kFewRegisters ? 3 : 2;
-#else
-template <typename Combine, typename Index>
-constexpr int kScatterCtas = 2;
-#endif
+constexpr int kScatterCtas = ctas_that_fit(sizeof(Index) == 4 && Combine::kFewRegisters ? 3 : 2);
 
 // Image and stack are contiguous along the same axis (or along none).
 // Registers: at most 128.
