@@ -214,8 +214,8 @@ constexpr int batch_of(Index rows, int most) {
 
 constexpr int kWarp = 32;
 
-// CTAs that must fit on a multiprocessor, where `hopper` is what was measured best on an H200. For other generations the
-// assembler may use up to 128 registers, and never spills.
+// CTAs that must fit on a multiprocessor, where `hopper` is what was measured best on an H200. For other generations
+// the assembler may use up to 128 registers, and never spills.
 constexpr int ctas_that_fit(int hopper) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     return hopper;
