@@ -4,6 +4,9 @@
 // zero. The library promises NumPy's results, so float32 goes through these instructions, which keep them.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 namespace sbnet {
 
 // a + b, rounded to nearest.
@@ -45,6 +48,17 @@ __device__ inline double mul_exact(double a, double b) {
     return product;
 #else
     return a * b;
+#endif
+}
+
+// a * b + c, rounded once.
+__device__ inline float fma_exact(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+    return result;
+#else
+    return __builtin_fmaf(a, b, c);
 #endif
 }
 
@@ -97,11 +111,138 @@ __device__ inline void copy_async(void* shared, const void* global, bool found) 
 #endif
 }
 
+// Ends a group of the calling thread's asynchronous copies.
+__device__ inline void commit_async() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the calling thread's groups of copies, but for the kPending that it ended last.
+template <int kPending>
+__device__ inline void wait_async_groups() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // Waits until the calling thread's asynchronous copies are there. Other threads see them after a barrier.
 __device__ inline void wait_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// Asks for the 128 bytes around a global address to be brought to the L2 cache.
+__device__ inline void prefetch_l2(const void* global) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
+// Matrices in the registers of a warp. Lane 4*g + t holds, of a matrix of 8 rows of 16 bytes, 4-byte word t of row g.
+
+// Four such matrices from shared memory: 16 rows, then the 16 bytes beside each of them, as `words` 0, 1 and 2, 3.
+// Each lane gives the address of one row: lane % 16 is its number, and lane / 16 tells which of its two pieces.
+__device__ inline void load_matrices(unsigned int (&words)[4], const void* shared) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    const unsigned int address = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+#else
+    const unsigned long long address = reinterpret_cast<unsigned long long>(shared);
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < 4; ++k) {
+        const unsigned long long row = __shfl_sync(0xffffffffu, address, k * 8 + lane / 4);
+        words[k] = reinterpret_cast<const unsigned int*>(row)[lane % 4];
+    }
+#endif
+}
+
+// sum += a * b for `sum` of 16 x 8 float32, of which a lane holds columns 2*t and 2*t + 1 of rows g and g + 8; `a` as
+// load_matrices leaves it; and `b` of two pieces of 16 bytes for each of 8 columns, column g in lanes 4*g to 4*g + 3.
+// The type of `number` tells what the bytes are: halves, or float32, of which tensor cores read the upper 19 bits.
+template <typename T>
+__device__ inline void multiply_matrices(float (&sum)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1,
+                                         T number);
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define SBNET_MULTIPLY(T, shape)                                                                            \
+    template <>                                                                                             \
+    __device__ inline void multiply_matrices<T>(float(&sum)[4], const unsigned int(&a)[4], unsigned int b0, \
+                                                unsigned int b1, T) {                                       \
+        asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                        \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                \
+    }
+SBNET_MULTIPLY(__half, "m16n8k16.row.col.f32.f16.f16.f32")
+SBNET_MULTIPLY(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+SBNET_MULTIPLY(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef SBNET_MULTIPLY
+#else
+// The value of number `i` of a word of numbers of type T.
+__device__ inline float number_in(unsigned int word, int i, __half) {
+    const unsigned short bits = static_cast<unsigned short>(word >> 16 * i);
+    return __half2float(*reinterpret_cast<const __half*>(&bits));
+}
+__device__ inline float number_in(unsigned int word, int i, __nv_bfloat16) {
+    return __int_as_float(static_cast<int>(word >> 16 * i << 16));
+}
+__device__ inline float number_in(unsigned int word, int, float) {
+    return __int_as_float(static_cast<int>(word & 0xffffe000u));
+}
+
+template <typename T>
+__device__ inline void multiply_matrices(float (&sum)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1,
+                                         T number) {
+    constexpr unsigned int kAll = 0xffffffffu;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int lane = 0; lane < 4; ++lane) {  // the four words of each piece
+        for (int piece = 0; piece < 2; ++piece) {
+            const unsigned int row[2] = {__shfl_sync(kAll, a[piece * 2], g * 4 + lane),
+                                         __shfl_sync(kAll, a[piece * 2 + 1], g * 4 + lane)};
+            const unsigned int b = piece == 0 ? b0 : b1;
+            const unsigned int column[2] = {__shfl_sync(kAll, b, t * 8 + lane),
+                                            __shfl_sync(kAll, b, t * 8 + 4 + lane)};
+            for (int k = 0; k < 4; ++k) {
+                for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+                    sum[k] += number_in(row[k / 2], i, number) * number_in(column[k % 2], i, number);
+                }
+            }
+        }
+    }
+}
+#endif
+
+// The nearest number of TF32: 10 bits of mantissa. Ties go away from zero.
+__device__ inline float round_tf32(float a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned int bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(a));
+    return __int_as_float(static_cast<int>(bits));
+#else
+    const unsigned int bits = static_cast<unsigned int>(__float_as_int(a));
+    const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
+    return is_finite ? __int_as_float(static_cast<int>((bits + 0x1000u) & 0xffffe000u)) : a;
+#endif
+}
+
+// A meeting of all CTAs of a grid that run at the same time: each arrives, and may later wait for the others.
+// Everything that a thread has done before it arrives has happened for a thread that has waited.
+__device__ inline void arrive(unsigned int* arrivals) {
+    __threadfence();
+    atomicAdd(arrivals, 1u);
+}
+__device__ inline void wait_for(const unsigned int* arrivals, unsigned int count) {
+#if defined(__CUDA_ARCH__)
+    unsigned int arrived;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrivals) : "memory");
+    } while (arrived < count);
+    __threadfence();
+#endif  // on a CPU, CTAs run one after another: there is nobody to wait for
 }
 
 }  // namespace sbnet

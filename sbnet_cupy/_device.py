@@ -35,3 +35,11 @@ def activation() -> ModuleType:
 def stack_conv(engine: str) -> ModuleType:
     """The convolution of stacks by an engine: "cublas" or "cudnn"."""
     return importlib.import_module(f"{__package__}._stack_conv_{engine}")
+
+
+@functools.cache
+def fused() -> ModuleType:
+    """The host side of the fused convolution and bottleneck."""
+    from . import _fused
+
+    return _fused

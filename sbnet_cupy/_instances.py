@@ -132,6 +132,26 @@ def activity_instance(dtype: np.dtype[Any], avgpool: bool, lanes: int) -> Instan
     return Instance("reduce_mask.cu", f"sbnet::block_activity<{_PIXELS[dtype.name]}, {pool}, {lanes}>")
 
 
+def pack_instance(products: str) -> Instance:
+    """The kernel that packs weights."""
+    return Instance("pack.cu", f"sbnet::pack<{products}>")
+
+
+def products_of(dtype: np.dtype[Any], tensor_cores: bool) -> str:
+    """The C++ policy that multiplies numbers of a dtype."""
+    return f"sbnet::{'TensorCores' if tensor_cores else 'Plain'}<{_SUMMANDS[dtype.name]}>"
+
+
+def conv_instance(products: str, layout: tuple[int, int, int, int]) -> Instance:
+    """The fused convolution whose warps share the sums so: see WarpLayout."""
+    return Instance("conv.cu", f"sbnet::conv<{products}, {', '.join(map(str, layout))}>")
+
+
+def bottleneck_instance(products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str]) -> Instance:
+    """The fused bottleneck: channels, inner channels, tile and kernel size, and the layout of each product."""
+    return Instance("bottleneck.cu", f"sbnet::bottleneck<{', '.join([products, *map(str, numbers), *layouts])}>")
+
+
 COUNT_ACTIVE = Instance("reduce_mask.cu", "sbnet::count_active")
 COMPACT_ACTIVE = Instance("reduce_mask.cu", "sbnet::compact_active")
 

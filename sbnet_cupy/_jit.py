@@ -7,6 +7,7 @@ name the real file and line, and CuPy's disk cache notices an edited header.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import struct
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ._fused_plan import DeviceLimits
 from ._instances import Instance, default_instances, instances_for
 from ._sources import kernel_folder, sources_digest
 
@@ -45,6 +47,45 @@ def launch(instance: Instance, grid: Dim3, block: Dim3, *arguments: bytes) -> No
     if kernel is None:
         kernel = compile_instances([instance])[0]
     kernel(grid, block, arguments)
+
+
+def launch_shared(
+    instance: Instance, grid: Dim3, block: Dim3, shared: int, argument: bytes, together: bool = False
+) -> None:
+    """The same with dynamic shared memory, in bytes; and perhaps with all CTAs running at the same time."""
+    kernel = _kernels.get(instance)
+    if kernel is None:
+        kernel = compile_instances([instance])[0]
+    if shared > kernel.max_dynamic_shared_size_bytes:
+        kernel.max_dynamic_shared_size_bytes = shared
+    if together:
+        kernel.together(grid, block, (argument,), shared_mem=shared)
+    else:
+        kernel(grid, block, (argument,), shared_mem=shared)
+
+
+def ctas_that_fit(instance: Instance, threads: int, shared: int) -> int:
+    """How many CTAs of a kernel a multiprocessor of the current device holds."""
+    from cupy.cuda import driver
+
+    kernel = _kernels.get(instance) or compile_instances([instance])[0]
+    if shared > kernel.max_dynamic_shared_size_bytes:
+        kernel.max_dynamic_shared_size_bytes = shared
+    return driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.address, threads, shared)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def device_limits(device: int) -> DeviceLimits:
+    """What the plans of the fused kernels have to know of a device."""
+    from cupy.cuda import Device
+
+    attributes, capability = Device(device).attributes, Device(device).compute_capability
+    return DeviceLimits(
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MaxSharedMemoryPerMultiprocessor"],
+        int(capability),
+    )
 
 
 class Template:
@@ -77,6 +118,10 @@ class _Frame(threading.local):
         self.address = ctypes.addressof(self._pointers)
 
 
+#: Dynamic shared memory that every kernel may ask for, in bytes.
+_SHARED_LIMIT = 48 << 10
+
+
 class DirectKernel:
     """A kernel that the driver launches: a call of CuPy's own takes 2 us more for what never changes here."""
 
@@ -87,15 +132,40 @@ class DirectKernel:
 
         self._kernel = kernel
         self._launch, self._current_stream = driver.launchKernel, get_current_stream
+        self._launch_together = driver.launchCooperativeKernel
+        self._shared_limit = _SHARED_LIMIT
 
-    def __call__(self, grid: Dim3, block: Dim3, arguments: tuple[bytes, ...]) -> None:
+    @property
+    def address(self) -> int:
+        """The driver's handle."""
+        return self._kernel.kernel.ptr  # type: ignore[no-any-return]
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """Dynamic shared memory that a launch may ask for."""
+        return self._shared_limit
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        self._kernel.max_dynamic_shared_size_bytes = size
+        self._shared_limit = size
+
+    def __call__(self, grid: Dim3, block: Dim3, arguments: tuple[bytes, ...], shared_mem: int = 0) -> None:
         frame, start = self._frame, 0
         for argument in arguments:
             frame.arguments[start : start + len(argument)] = argument
             start += frame.room
         (x, y, z), (threads_x, threads_y, threads_z) = grid, block
         stream, function = self._current_stream().ptr, self._kernel.kernel.ptr
-        self._launch(function, x, y, z, threads_x, threads_y, threads_z, 0, stream, frame.address, 0)
+        self._launch(function, x, y, z, threads_x, threads_y, threads_z, shared_mem, stream, frame.address, 0)
+
+    def together(self, grid: Dim3, block: Dim3, arguments: tuple[bytes, ...], shared_mem: int) -> None:
+        """Launch CTAs that wait for each other; the driver refuses more than fit on the device."""
+        (argument,) = arguments
+        frame = self._frame
+        frame.arguments[: len(argument)] = argument
+        stream, function = self._current_stream().ptr, self._kernel.kernel.ptr
+        self._launch_together(function, *grid, *block, shared_mem, stream, frame.address)
 
 
 def compile_instances(instances: Sequence[Instance]) -> list[Any]:

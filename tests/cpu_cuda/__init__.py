@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from sbnet_cupy import _jit
+from sbnet_cupy._fused_plan import DeviceLimits
 from sbnet_cupy._instances import Instance
 from sbnet_cupy._sources import kernel_folder
 
@@ -53,10 +54,13 @@ ORDERS = (
 )
 
 #: Host code of the device.
-_HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas")
+_HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
 
 #: Modules that keep what the host code has prepared for calls.
 _CALLERS = ("_gather", "_scatter")
+
+#: What plans are made for: few multiprocessors, so that small problems are cut as large ones are on a GPU.
+LIMITS = DeviceLimits(multiprocessors=4, cta_shared=99 << 10, multiprocessor_shared=100 << 10, capability=90)
 
 #: Kernels that are compiled as one library, at most: enough to share the headers, few enough to share the cores.
 _GROUP = 10
@@ -78,6 +82,8 @@ def device(order: Order = ORDERS[0], kernels: Path | None = None) -> Iterator[An
         patch.setattr(_jit, "kernel_folder", lambda: folder)
         patch.setattr(_jit, "_kernels", _loaded.setdefault(folder, {}))
         patch.setattr(_jit, "DirectKernel", lambda kernel: kernel)  # there is no driver
+        patch.setattr(_jit, "device_limits", lambda device: LIMITS)
+        patch.setattr(_jit, "ctas_that_fit", lambda *_: 1)
         modules = [importlib.import_module(f"sbnet_cupy.{name}") for name in _HOST_MODULES + _CALLERS]
         for module in modules[: len(_HOST_MODULES)]:
             patch.setattr(module, "cupy", standin, raising=False)

@@ -154,6 +154,10 @@ class Kernel:
         if launch.report:
             raise KernelFault(launch.report.decode())
 
+    def together(self, *launch: Any, shared_mem: int) -> None:
+        """Blocks that would wait for each other; here they run one after another, and do not wait."""
+        self(*launch, shared_mem=shared_mem)
+
 
 def _bytes_of(argument: Any) -> bytes:
     """What is passed for an argument: pointers for arrays of the device, everything else by value."""

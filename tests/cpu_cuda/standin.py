@@ -24,7 +24,8 @@ cuda = SimpleNamespace(
     alloc=lambda size: empty(size, np.uint8).data,
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     compiler=SimpleNamespace(CompileException=CompileError),
-    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    Stream=lambda non_blocking: SimpleNamespace(synchronize=lambda: None),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None, is_capturing=lambda: False),
     runtime=SimpleNamespace(getDevice=lambda: 0),
 )
 
@@ -44,7 +45,7 @@ class _Pointer:
     def __add__(self, offset: int) -> _Pointer:
         return _Pointer(self.ptr + offset, self.owner)
 
-    def memset_async(self, value: int, size: int) -> None:
+    def memset_async(self, value: int, size: int, stream: Any = None) -> None:
         ctypes.memset(self.ptr, value, size)
 
 

@@ -1,0 +1,169 @@
+// Products of matrices by a warp: sums of 16 x 8 numbers, along a dimension that is cut into pieces of 16 bytes.
+//
+// The left matrix lies in shared memory. A row is a pixel, its pieces are channels of the pixels under the kernel, and
+// an offset for each piece leads from the row's address to it: a convolution needs no matrix of its own. The right
+// matrix, the weights, comes from global memory, packed in the order in which lanes take it (see _packing.py).
+#pragma once
+
+#include "combine.cuh"
+#include "ptx.cuh"
+#include "vec.cuh"
+
+namespace sbnet {
+
+constexpr int kPieceBytes = 16;
+template <typename T>
+constexpr int kPiece = kPieceBytes / static_cast<int>(sizeof(T));  // numbers in a piece
+
+// Pieces that the innermost loop takes at once. A lane loads one word of each of them, of one column, together.
+constexpr int kStepPieces = 4;
+using StepWords = Vec<unsigned int, kStepPieces>;
+
+constexpr int kRows = 16, kColumns = 8;  // of the sums of one warp-wide product
+
+// Stands for a piece of zeros, in a list of offsets.
+constexpr int kNoPiece = -1;
+
+// Sums of kM x kN such products, as multiply_matrices leaves them.
+template <int kM, int kN>
+struct Sums {
+    float at[kM][kN][4];
+
+    __device__ Sums() {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) at[m][n][k] = 0.0f;
+            }
+        }
+    }
+};
+
+__device__ inline const unsigned char* piece_at(const unsigned char* row, int offset, const unsigned char* zeros) {
+    return offset == kNoPiece ? zeros : row + offset;
+}
+
+// On tensor cores: halves, or float32 rounded to TF32 beforehand.
+template <typename T>
+struct TensorCores {
+    using Number = T;
+    static constexpr bool kRounds = sizeof(T) == 4;
+    static constexpr int kLaneRows = 1;  // rows of 16 whose addresses a lane has to know
+
+    __device__ static int row_of(int lane, int) { return lane % kRows; }
+
+    template <int kN>
+    struct Weights {
+        StepWords words[kN];
+
+        // Of the columns from `first` on, a step further than `step` on each call.
+        __device__ void load(const StepWords* packed, int64 column_stride, int lane) {
+#pragma unroll
+            for (int n = 0; n < kN; ++n) words[n] = load_constant(packed + n * column_stride + lane);
+        }
+    };
+
+    template <int kM, int kN>
+    __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
+                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights, int lane) {
+#pragma unroll
+        for (int half = 0; half < kStepPieces; half += 2) {
+            const int offset = offsets[half + lane / kRows];
+            unsigned int a[kM][4];
+#pragma unroll
+            for (int m = 0; m < kM; ++m) load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    const StepWords& b = weights.words[n];
+                    multiply_matrices(sums.at[m][n], a[m], b.lane[half], b.lane[half + 1], T{});
+                }
+            }
+        }
+    }
+};
+
+// On any device, with float32 arithmetic.
+template <typename T>
+struct Plain {
+    using Number = T;
+    static constexpr bool kRounds = false;
+    static constexpr int kLaneRows = 2;
+
+    __device__ static int row_of(int lane, int k) { return lane / 4 + 8 * k; }
+
+    // A lane needs two whole columns: they are loaded where they are used.
+    template <int kN>
+    struct Weights {
+        const StepWords* packed;
+        int64 column_stride;
+
+        __device__ void load(const StepWords* step, int64 stride, int) {
+            packed = step;
+            column_stride = stride;
+        }
+    };
+
+    template <int kM, int kN>
+    __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
+                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights, int lane) {
+        using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
+        for (int word = 0; word < 4; ++word) {
+            StepWords b[kN][2];
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int column = lane % 4 * 2 + k;
+                    b[n][k] = load_constant(weights.packed + n * weights.column_stride + column * 4 + word);
+                }
+            }
+#pragma unroll
+            for (int piece = 0; piece < kStepPieces; ++piece) {
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const auto a = load<Pair>(piece_at(rows[m][r], offsets[piece], zeros), word);
+#pragma unroll
+                        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                            for (int k = 0; k < 2; ++k) {
+                                const Pair w = *reinterpret_cast<const Pair*>(&b[n][k].lane[piece]);
+#pragma unroll
+                                for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+                                    float& sum = sums.at[m][n][2 * r + k];
+                                    sum = fma_exact(Addition<T>::begin(a.lane[i]), Addition<T>::begin(w.lane[i]), sum);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+};
+
+// Adds steps [begin, end) to the sums of a warp. `packed` points to step 0 of its first columns.
+template <typename Products, int kM, int kN>
+__device__ inline void multiply(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][Products::kLaneRows],
+                                const int* offsets, const unsigned char* zeros, const StepWords* packed,
+                                int64 column_stride, int begin, int end) {
+    constexpr int kStepWords = 32;  // a lane's StepWords of one step and 8 columns lie side by side
+    const int lane = threadIdx.x % 32;
+    typename Products::template Weights<kN> weights[2];
+    // Weights are asked for a step ahead.
+    if (begin < end) weights[0].load(packed + static_cast<int64>(begin) * kStepWords, column_stride, lane);
+#pragma unroll 2
+    for (int k = begin; k < end; ++k) {
+        const int next = k + 1 < end ? k + 1 : k;
+        weights[1].load(packed + static_cast<int64>(next) * kStepWords, column_stride, lane);
+        Products::step(sums, rows, offsets + k * kStepPieces, zeros, weights[0], lane);
+        weights[0] = weights[1];
+    }
+}
+
+}  // namespace sbnet

@@ -1,0 +1,371 @@
+"""Host side of pack.cu, conv.cu and bottleneck.cu: fills in their arguments and launches them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from . import _jit
+from ._affine import IDENTITY, Affine
+from ._conv_geometry import Layer, Pair
+from ._fused_plan import (
+    THREADS,
+    BottleneckPlan,
+    BottleneckProblem,
+    ConvPlan,
+    ConvProblem,
+    plan_bottleneck,
+    plan_conv,
+)
+from ._geometry import BlockGrid
+from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
+from ._packing import COLUMNS, PIECE_BYTES, PackedWeights, Packing
+from ._plan import division
+from ._transfer import MOST_IMAGES
+from ._validate import Spec, spec_of
+
+
+def pack(w: Any, packing: Packing, tf32: bool) -> Any:
+    """Pack weights on the current device."""
+    words = cupy.empty(packing.shape, np.uint32)
+    if words.size:
+        instance = pack_instance(products_of(w.dtype, tf32 or w.dtype.itemsize == 2))
+        argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing)
+        grid = (math.ceil(words.size / 256), 1, 1)
+        _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr))
+    return words
+
+
+@functools.lru_cache(maxsize=1024)
+def _pack_argument(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing) -> _jit.Template:
+    """struct Packing of kernels/pack.cu."""
+    steps = (s // itemsize for s in strides)
+    sizes = (packing.channels, packing.features, packing.chunk, packing.chunks, packing.steps)
+    return _jit.Template(2, [*steps, shape[1], packing.positions, *sizes, math.prod(packing.shape)])
+
+
+class Side(NamedTuple):
+    """One tensor of a convolution, in form."""
+
+    spec: Spec
+    #: A stack of blocks, and not an image.
+    is_stack: bool = False
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """All that decides how a convolution is launched, but for addresses."""
+
+    source: Side
+    target: Side
+    #: What is added, or None.
+    residual: Spec | None
+    index_strides: tuple[int, ...]
+    rows: int
+    batch: int
+    #: Of the output's blocks, and how many there are.
+    grid: BlockGrid
+    bcount: Pair
+    layer: Layer
+    packing: Packing
+    tf32: bool
+    activates: bool
+    source_relu: bool
+    target_relu: bool
+    device: int
+
+
+class _Ready(NamedTuple):
+    instance: Instance
+    grid: _jit.Dim3
+    shared: int
+    argument: _jit.Template
+
+
+def conv_fits(call: ConvCall) -> bool:
+    """Whether there is a plan for it."""
+    return _prepare_conv(call) is not None
+
+
+def convolve(
+    call: ConvCall,
+    source: Any,
+    target: Any,
+    w: PackedWeights,
+    bin_counts: Any,
+    indices: Any,
+    *,
+    before: Affine = IDENTITY,
+    after: Affine = IDENTITY,
+    residual: Any = None,
+) -> None:
+    """Run a convolution for which :func:`conv_fits`."""
+    ready = _prepare_conv(call)
+    assert ready is not None
+    if ready.grid[0] == 0 or ready.grid[1] == 0:
+        return
+    argument = ready.argument.at(
+        source.data.ptr,
+        target.data.ptr,
+        0 if residual is None else residual.data.ptr,
+        w.words.data.ptr,
+        indices.data.ptr,
+        bin_counts.data.ptr,
+        *before.addresses,
+        *after.addresses,
+    )
+    _jit.launch_shared(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_conv(call: ConvCall) -> _Ready | None:
+    dtype = call.source.spec.dtype
+    limits = _jit.device_limits(call.device)
+    tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
+    problem = ConvProblem(call.packing, call.layer.ksize, call.layer.strides, call.grid.bsize, call.rows, tensor)
+    if 0 in (*call.target.spec.shape, call.packing.columns, call.rows):
+        return _Ready(conv_instance("", (0, 0, 0, 0)), (0, 0, 0), 0, _jit.Template(0, []))
+    plan = plan_conv(problem, limits)
+    if plan is None:
+        return None
+    instance = conv_instance(products_of(dtype, tensor), plan.layout)
+    return _Ready(instance, plan.grid, plan.shared, _conv_argument(call, plan))
+
+
+def _conv_argument(call: ConvCall, plan: ConvPlan) -> _jit.Template:
+    """struct Conv of kernels/conv.cu; the first ten fields are addresses."""
+    packing, source, target = call.packing, call.source.spec, call.target.spec
+    residual = call.residual or target
+    whole = all(_is_whole(spec) for spec in (target, residual))
+    return _jit.Template(
+        10,
+        [
+            *_strides(source),
+            *_strides(target),
+            *_strides(residual),
+            *(s // 4 for s in call.index_strides),
+            call.rows,
+            min(call.batch, MOST_IMAGES),
+            packing.channels,
+            packing.features,
+            *_conv_axis(call, plan, 0),
+            *_conv_axis(call, plan, 1),
+            *division(plan.tile[1]),
+            *division(plan.window[1]),
+            packing.chunk,
+            packing.chunks,
+            plan.pitch,
+            packing.steps,
+            plan.window_bytes,
+            int(call.source.is_stack),
+            int(call.target.is_stack),
+            int(_is_whole(source)),
+            int(whole),
+            int(call.activates),
+            int(call.source_relu),
+            int(call.target_relu),
+        ],
+    )
+
+
+def _conv_axis(call: ConvCall, plan: ConvPlan, axis: int) -> tuple[int, ...]:
+    """struct ConvAxis of kernels/conv.cu."""
+    layer, grid = call.layer, call.grid
+    source = call.source.spec.shape[1 + axis]
+    return (
+        call.bcount[axis],
+        grid.boffset[axis],
+        grid.bstride[axis],
+        grid.bsize[axis],
+        layer.out_size[axis],
+        plan.tile[axis],
+        plan.tiles[axis],
+        layer.ksize[axis],
+        layer.strides[axis],
+        layer.pad_before[axis],
+        source,
+    )
+
+
+def _strides(spec: Spec) -> tuple[int, ...]:
+    """Strides in numbers; that of an axis of one is free."""
+    return tuple(s // spec.itemsize if n > 1 else 0 for s, n in zip(spec.strides, spec.shape))
+
+
+def _is_whole(spec: Spec) -> bool:
+    """Whether every pixel is aligned pieces of 16 bytes."""
+    outer = zip(spec.strides[:3], spec.shape[:3])
+    return (
+        (spec.shape[3] * spec.itemsize) % PIECE_BYTES == 0
+        and spec.strides[3] == spec.itemsize
+        and spec.misalignment == 0
+        and all(n == 1 or s % PIECE_BYTES == 0 for s, n in outer)
+    )
+
+
+@dataclass(frozen=True)
+class BottleneckCall:
+    """All that decides how a bottleneck is launched, but for addresses."""
+
+    source: Spec
+    target: Spec
+    #: Whether the target is a stack of output tiles, and not an image.
+    is_stack: bool
+    in_place: bool
+    index_strides: tuple[int, ...]
+    rows: int
+    grid: BlockGrid
+    bcount: Pair
+    #: The second convolution.
+    layer: Layer
+    inner: int
+    tf32: bool
+    device: int
+
+
+class _ReadyBottleneck(NamedTuple):
+    instance: Instance
+    ctas: int
+    shared: int
+    argument: _jit.Template
+
+
+def bottleneck_fits(call: BottleneckCall) -> bool:
+    """Whether one launch can do it: in place, only if all of its CTAs run at the same time."""
+    return _prepare_bottleneck(call) is not None
+
+
+def bottleneck(
+    call: BottleneckCall,
+    source: Any,
+    target: Any,
+    weights: tuple[PackedWeights, PackedWeights, PackedWeights],
+    bin_counts: Any,
+    indices: Any,
+    affines: tuple[Affine, Affine, Affine],
+) -> None:
+    """Run a bottleneck for which :func:`bottleneck_fits`."""
+    ready = _prepare_bottleneck(call)
+    assert ready is not None
+    if ready.ctas == 0:
+        return
+    argument = ready.argument.at(
+        source.data.ptr,
+        target.data.ptr,
+        *(w.words.data.ptr for w in weights),
+        indices.data.ptr,
+        bin_counts.data.ptr,
+        *(affine.addresses[0] for affine in affines),
+        *(affine.addresses[1] for affine in affines),
+        _meetings.place(call.device) if call.in_place else 0,
+    )
+    _jit.launch_shared(
+        ready.instance, (ready.ctas, 1, 1), (THREADS, 1, 1), ready.shared, argument, together=call.in_place
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
+    dtype, limits = call.source.dtype, _jit.device_limits(call.device)
+    tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
+    channels = call.source.shape[3]
+    if 0 in (*call.target.shape, call.rows):
+        return _ReadyBottleneck(bottleneck_instance("", (), ("", "", "")), 0, 0, _jit.Template(0, []))
+    if not (_is_whole(call.source) and _is_whole(call.target)):
+        return None
+    problem = BottleneckProblem(
+        channels, call.inner, dtype.itemsize, call.layer.ksize, call.grid.bsize, call.rows, tensor
+    )
+    plan = plan_bottleneck(problem, limits)
+    if plan is None:
+        return None
+    numbers = (channels, call.inner, *plan.tile, *call.layer.ksize)
+    first, second, third = (layout.expression for layout in plan.layouts)
+    instance = bottleneck_instance(products_of(dtype, tensor), numbers, (first, second, third))
+    if call.in_place:
+        resident = _jit.ctas_that_fit(instance, THREADS, plan.shared)
+        if plan.ctas > resident * limits.multiprocessors:
+            return None
+    return _ReadyBottleneck(instance, plan.ctas, plan.shared, _bottleneck_argument(call, plan))
+
+
+def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Template:
+    """struct Bottleneck of kernels/bottleneck.cu; the first fourteen fields are addresses."""
+    axes = (
+        (
+            call.bcount[axis],
+            call.grid.bsize[axis],
+            call.layer.out_size[axis],
+            plan.tiles[axis],
+            call.layer.pad_before[axis],
+        )
+        for axis in range(2)
+    )
+    return _jit.Template(
+        14,
+        [
+            *_strides(call.source)[:3],
+            *_strides(call.target)[:3],
+            *(s // 4 for s in call.index_strides),
+            call.rows,
+            min(call.source.shape[0], MOST_IMAGES),
+            *itertools.chain(*axes),
+            int(call.is_stack),
+        ],
+    )
+
+
+class _Meetings:
+    """Counters, zero between launches, at which the CTAs of a grid meet.
+
+    Launches of one stream follow each other and share a pair. A captured launch may later run beside any other, so it
+    has a pair that is never given to another.
+    """
+
+    #: Bytes of a pair, and pairs that are allocated at once.
+    _bytes, _pairs = 8, 1 << 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[int, list[Any]] = {}
+        self._of_stream: dict[tuple[int, int], int] = {}
+
+    def place(self, device: int) -> int:
+        """Address of the pair for a launch on the current stream."""
+        stream = cupy.cuda.get_current_stream()
+        if stream.is_capturing():
+            return self._take(device)
+        key = (device, stream.ptr)
+        found = self._of_stream.get(key)
+        if found is None:
+            found = self._of_stream[key] = self._take(device)
+        return found
+
+    def _take(self, device: int) -> int:
+        with self._lock:
+            slab = self._free.get(device)
+            if slab is None or slab[1] == self._pairs:
+                slab = self._free[device] = [self._allocate(), 0]
+            slab[1] += 1
+            return slab[0].ptr + self._bytes * (slab[1] - 1)  # type: ignore[no-any-return]
+
+    def _allocate(self) -> Any:
+        memory = cupy.cuda.alloc(self._bytes * self._pairs)
+        # On a stream of its own: the current one may be capturing.
+        side = cupy.cuda.Stream(non_blocking=True)
+        memory.memset_async(0, self._bytes * self._pairs, side)
+        side.synchronize()
+        _slabs.append(memory)
+        return memory
+
+
+#: Slabs are never freed: graphs may hold addresses in them.
+_slabs: list[Any] = []
+_meetings = _Meetings()

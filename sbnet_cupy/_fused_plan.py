@@ -1,0 +1,310 @@
+"""How a fused kernel cuts its work: pure functions of the problem and of the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
+
+Pair = tuple[int, int]
+
+#: Threads of a CTA, warps, and rows of a product of a warp, as in kernels/window.cuh and kernels/products.cuh.
+THREADS, WARPS, ROWS = 256, 8, 16
+
+#: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
+MOST_SUMS = 24
+
+
+class DeviceLimits(NamedTuple):
+    """What a plan has to know of a device."""
+
+    multiprocessors: int
+    #: Shared memory that a CTA may have, and that a multiprocessor has, in bytes.
+    cta_shared: int
+    multiprocessor_shared: int
+    #: Compute capability, as 90 for 9.0.
+    capability: int
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether they take all of the types that the kernels give them."""
+        return self.capability >= 80
+
+
+class WarpLayout(NamedTuple):
+    """How 8 warps share the sums of a product. Mirrored by Warps of kernels/window.cuh."""
+
+    #: 16 x 8 sums of a warp.
+    m: int
+    n: int
+    #: Warps along rows and columns; those that are left share the depth.
+    warps_m: int
+    warps_n: int
+
+    @property
+    def depth(self) -> int:
+        """Warps that share the same sums."""
+        return WARPS // (self.warps_m * self.warps_n)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all warps."""
+        return self.m * self.warps_m * ROWS
+
+    @property
+    def columns(self) -> int:
+        """Columns of all warps."""
+        return self.n * self.warps_n * COLUMNS
+
+    @property
+    def staged_bytes(self) -> int:
+        """Shared memory for the sums of all warps."""
+        pitch = self.columns + (COLUMNS if self.columns // COLUMNS % 2 == 0 else 0)
+        return self.depth * self.rows * pitch * 4
+
+    @property
+    def expression(self) -> str:
+        """Its C++ type."""
+        return f"sbnet::Warps<{self.m}, {self.n}, {self.warps_m}, {self.warps_n}>"
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """What decides how a convolution is cut."""
+
+    packing: Packing
+    ksize: Pair
+    strides: Pair
+    #: Output pixels of a block.
+    block: Pair
+    #: Blocks, active or not: the room of the list.
+    rows: int
+    uses_tensor_cores: bool
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a convolution is cut."""
+
+    #: Output pixels of a tile, and tiles of a block.
+    tile: Pair
+    tiles: Pair
+    layout: WarpLayout
+    #: Input pixels of a tile.
+    window: Pair
+    #: Bytes of a staged pixel, of a staged window, and of shared memory in all.
+    pitch: int
+    window_bytes: int
+    shared: int
+    grid: tuple[int, int, int]
+
+
+def pitch_of(pieces: int) -> int:
+    """Bytes from a staged pixel to the next: an odd number of pieces, so that eight pixels meet different banks."""
+    return (pieces | 1) * PIECE_BYTES
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_conv(problem: ConvProblem, limits: DeviceLimits) -> ConvPlan | None:
+    """The plan that the model takes for fastest; None if none fits."""
+    plans = list(conv_plans(problem, limits))
+    return min(plans, key=lambda plan: conv_clocks(plan, problem, limits), default=None)
+
+
+def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]:
+    """All plans that fit."""
+    packing = problem.packing
+    table = PIECE_BYTES + packing.steps * STEP_PIECES * 4
+    pitch = pitch_of(packing.chunk)
+    for tile in tiles_of(problem.block):
+        tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+        window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
+        window_bytes = window[0] * window[1] * pitch
+        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns):
+            shared = table + max(window_bytes * min(2, packing.chunks), layout.staged_bytes)
+            if shared > limits.cta_shared:
+                continue
+            ctas = problem.rows * tiles[0] * tiles[1]
+            grid = (max(1, min(ctas, 2**31 - 1)), packing.columns * COLUMNS // layout.columns, 1)
+            yield ConvPlan(tile, tiles, layout, (window[0], window[1]), pitch, window_bytes, shared, grid)
+
+
+def tiles_of(block: Pair) -> Iterator[Pair]:
+    """Sizes of tiles that cut a block into about equal parts of at most 256 pixels."""
+
+    def parts(size: int) -> list[int]:
+        return list(dict.fromkeys(math.ceil(size / count) for count in range(1, min(size, 64) + 1)))
+
+    for height, width in itertools.product(parts(block[0]), parts(block[1])):
+        if height * width <= 256 and (height * width >= ROWS or (height, width) == block):
+            yield height, width
+
+
+def warp_layouts(row_tiles: int, column_tiles: int) -> Iterator[WarpLayout]:
+    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns."""
+    for warps_m, warps_n in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
+        if warps_m * warps_n > WARPS or warps_m > row_tiles:
+            continue
+        m = math.ceil(row_tiles / warps_m)
+        for n in (1, 2, 3, 4, 6):
+            if m <= 6 and m * n <= MOST_SUMS and column_tiles % (n * warps_n) == 0:
+                yield WarpLayout(m, n, warps_m, warps_n)
+
+
+#: The model's rates, for each multiprocessor and clock of an H200: products of tensor cores of 16-bit numbers (half as
+#: many of TF32) and of plain arithmetic; bytes of shared memory or the L1 cache, of the L2 cache, and of global memory
+#: if all multiprocessors ask at once.
+_TENSOR, _PLAIN, _SHARED, _L2, _GLOBAL = 1024, 128, 128, 48, 20
+
+#: Clocks that a tile waits: for its place, for its window, at barriers.
+_WAITS = 2500
+
+#: Warps that keep tensor cores busy.
+_BUSY_WARPS = 8
+
+
+def product_clocks(rows: int, layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
+    """Clocks of one product of a CTA by what bounds it: arithmetic, shared memory, or the way of the weights."""
+    depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
+    rate = (_TENSOR * 2 // itemsize) if tensor else _PLAIN
+    arithmetic = layout.rows * layout.columns * depth / rate
+    per_step = layout.m * 1024 + layout.n * 512
+    traffic = WARPS / layout.depth * steps * per_step / _SHARED
+    weights = layout.columns * depth * itemsize / _L2
+    return max(arithmetic, traffic, weights) + 0.25 * (arithmetic + traffic)
+
+
+def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> float:
+    """The model: clocks of all tiles, as far as they run one after another."""
+    packing = problem.packing
+    itemsize = PIECE_BYTES // packing.lanes
+    resident = min(4, max(1, limits.multiprocessor_shared // (plan.shared + 1024)))
+    ctas = plan.grid[0] * plan.grid[1]
+    waves = math.ceil(ctas / (limits.multiprocessors * resident))
+    together = min(resident, math.ceil(ctas / limits.multiprocessors))
+    product = packing.chunks * product_clocks(
+        plan.layout.rows, plan.layout, packing.steps, itemsize, problem.uses_tensor_cores
+    )
+    load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
+    out = 2 * plan.layout.staged_bytes / _SHARED + plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
+    return waves * (_WAITS + together * (product + load + out))
+
+
+@dataclass(frozen=True)
+class BottleneckProblem:
+    """What decides how a bottleneck is cut."""
+
+    channels: int
+    inner: int
+    itemsize: int
+    #: Kernel of the second convolution; the others are 1x1.
+    ksize: Pair
+    #: Output pixels of a block.
+    block: Pair
+    rows: int
+    uses_tensor_cores: bool
+
+
+@dataclass(frozen=True)
+class BottleneckPlan:
+    """How a bottleneck is cut."""
+
+    tile: Pair
+    tiles: Pair
+    layouts: tuple[WarpLayout, WarpLayout, WarpLayout]
+    shared: int
+    ctas: int
+
+
+#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product.
+_PASS_SUMS = 12
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_bottleneck(problem: BottleneckProblem, limits: DeviceLimits) -> BottleneckPlan | None:
+    """The plan that the model takes for fastest; None if none fits into the shared memory of a CTA."""
+    plans = list(bottleneck_plans(problem, limits))
+    return min(plans, key=lambda plan: bottleneck_clocks(plan, problem, limits), default=None)
+
+
+def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterator[BottleneckPlan]:
+    """All plans that fit, with the best layouts for each size of tiles."""
+    if problem.channels % COLUMNS or problem.inner % COLUMNS:
+        return
+    for tile in tiles_of(problem.block):
+        halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
+        layouts = tuple(
+            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, most, problem)
+            for (rows, features, steps, most) in zip(
+                (halo, pixels, pixels),
+                (problem.inner, problem.inner, problem.channels),
+                bottleneck_steps(problem),
+                (None, None, _PASS_SUMS),
+            )
+        )
+        if None in layouts:
+            continue
+        lanes = PIECE_BYTES // problem.itemsize
+        table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem)))
+        middle = halo * pitch_of(problem.inner // lanes)
+        window = halo * pitch_of(problem.channels // lanes)
+        shared = table + middle + max(window, *(layout.staged_bytes for layout in layouts))  # type: ignore[union-attr]
+        if shared <= limits.cta_shared:
+            tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+            yield BottleneckPlan(tile, tiles, layouts, shared, problem.rows * tiles[0] * tiles[1])  # type: ignore[arg-type]
+
+
+def halo_pixels(tile: Pair, ksize: Pair) -> int:
+    """Pixels of a tile and its halo."""
+    return (tile[0] + ksize[0] - 1) * (tile[1] + ksize[1] - 1)
+
+
+def bottleneck_steps(problem: BottleneckProblem) -> tuple[int, int, int]:
+    """Steps of the three products."""
+    lanes = PIECE_BYTES // problem.itemsize
+    channels, inner = problem.channels // lanes, problem.inner // lanes
+    depths = (channels, inner * problem.ksize[0] * problem.ksize[1], inner)
+    first, second, third = (math.ceil(pieces / STEP_PIECES) for pieces in depths)
+    return first, second, third
+
+
+def _best_layout(
+    row_tiles: int, column_tiles: int, steps: int, most: int | None, problem: BottleneckProblem
+) -> WarpLayout | None:
+    """The layout with the fewest clocks for all columns; all of them at once unless `most` bounds the sums of a pass."""
+
+    def clocks(layout: WarpLayout) -> float:
+        passes = column_tiles // (layout.n * layout.warps_n)
+        product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
+        return passes * (product + 2 * layout.staged_bytes / _SHARED + 100)
+
+    found = warp_layouts(row_tiles, column_tiles)
+    fitting = [
+        layout
+        for layout in found
+        if (most is None and layout.n * layout.warps_n == column_tiles)
+        or (most is not None and layout.m * layout.n <= most)
+    ]
+    return min(fitting, key=clocks, default=None)
+
+
+def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: DeviceLimits) -> float:
+    """The model: clocks of all tiles, as far as they run one after another."""
+    resident = min(4, max(1, limits.multiprocessor_shared // (plan.shared + 1024)))
+    waves = math.ceil(plan.ctas / (limits.multiprocessors * resident))
+    together = min(resident, math.ceil(plan.ctas / limits.multiprocessors))
+    tensor, itemsize = problem.uses_tensor_cores, problem.itemsize
+    clocks = 0.0
+    for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
+        passes = problem.channels // layout.columns if number == 2 else 1
+        product = product_clocks(layout.rows, layout, steps, itemsize, tensor)
+        clocks += passes * (product + 2 * layout.staged_bytes / _SHARED + 100)
+    pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
+    share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
+    clocks += pixels * problem.channels * itemsize / share
+    return waves * (_WAITS + together * clocks)

@@ -1,0 +1,177 @@
+"""Weights of convolutions in the order in which the fused kernels take them.
+
+What a kernel sums over, channels at kernel positions, is cut into pieces of 16 bytes: 8 halves or 4 float32. Channels
+come in chunks of so many pieces; the pieces of a chunk at all kernel positions, padded with zeros to whole steps of four,
+follow each other. For 8 features and a step, lane ``4*g + t`` of a warp takes word t of each of the four pieces, of
+feature g: 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._affine import check_floating
+from ._stack_conv import use_tf32
+from ._validate import array_namespace, spec_of
+
+#: Bytes of a piece, words in it, pieces of a step, and features that lie together.
+PIECE_BYTES, PIECE_WORDS, STEP_PIECES, COLUMNS = 16, 4, 4, 8
+
+#: Pieces of all kernel positions up to which one chunk holds all channels, if a pixel has no more than so many.
+_ONE_CHUNK, _ONE_CHUNK_PIXEL = 216, 64
+
+#: Else: pieces of all kernel positions that a chunk aims at, and pieces of a pixel at most and at least.
+_CHUNK, _MOST, _LEAST = 72, 16, 4
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the weights of a convolution are packed."""
+
+    positions: int
+    channels: int
+    features: int
+    #: Numbers in a piece.
+    lanes: int
+    #: Pieces of a pixel in a chunk.
+    chunk: int
+    chunks: int
+    #: Steps of a chunk.
+    steps: int
+    #: Groups of 8 features.
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the packed array, in 4-byte words."""
+        return self.columns, self.chunks, self.steps, COLUMNS, PIECE_WORDS, STEP_PIECES
+
+
+def packing_of(shape: tuple[int, ...], itemsize: int) -> Packing:
+    """How weights of a shape ``(kh, kw, C, K)`` are packed."""
+    positions, channels, features = shape[0] * shape[1], shape[2], shape[3]
+    lanes = PIECE_BYTES // itemsize
+    pieces = math.ceil(channels / lanes)
+    if pieces * positions <= _ONE_CHUNK and pieces <= _ONE_CHUNK_PIXEL:
+        chunk = pieces
+    else:
+        chunk = _MOST
+        while chunk > _LEAST and chunk * positions > _CHUNK:
+            chunk //= 2
+    chunk = max(1, min(chunk, pieces))
+    columns = math.ceil(features / COLUMNS)
+    if columns > 4 and columns % 3 and columns % 4:  # so that warps can take several, and none is left over
+        columns += -columns % 4
+    steps = math.ceil(positions * chunk / STEP_PIECES)
+    return Packing(positions, channels, features, lanes, chunk, max(1, math.ceil(pieces / chunk)), steps, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeights:
+    """Weights of a convolution, as :func:`pack_weights` makes them: to be passed in place of the array.
+
+    Attributes
+    ----------
+    source : ndarray, shape (kh, kw, C, K)
+        The weights themselves. What is written to them later is not seen.
+    words : ndarray of uint32
+        The same, packed, on a device; empty for a NumPy array.
+    packing : Packing
+        In which order.
+    tf32 : bool
+        Whether float32 numbers were rounded to TF32.
+    """
+
+    source: Any
+    words: Any
+    packing: Packing
+    tf32: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(kh, kw, C, K)``."""
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers."""
+        return self.source.dtype  # type: ignore[no-any-return]
+
+
+def pack(w: np.ndarray[Any, Any], packing: Packing, tf32: bool = False) -> np.ndarray[Any, Any]:
+    """The packed words of NumPy weights: the definition that the kernel is compared with."""
+    if tf32:
+        w = round_tf32(w)
+    pieces = packing.chunks * packing.chunk
+    room = np.zeros((packing.positions, pieces * packing.lanes, packing.columns * COLUMNS), w.dtype)
+    room[:, : packing.channels, : packing.features] = w.reshape(-1, packing.channels, packing.features)
+    cut = room.reshape(packing.positions, packing.chunks, packing.chunk, packing.lanes, packing.columns * COLUMNS)
+    # -> [features, chunks, positions, pieces of the chunk, lanes]
+    rows = cut.transpose(4, 1, 0, 2, 3).reshape(packing.columns * COLUMNS, packing.chunks, -1, packing.lanes)
+    steps = np.zeros((*rows.shape[:2], packing.steps * STEP_PIECES, packing.lanes), w.dtype)
+    steps[:, :, : rows.shape[2]] = rows
+    words = steps.view(np.uint32).reshape(
+        packing.columns, COLUMNS, packing.chunks, packing.steps, STEP_PIECES, PIECE_WORDS
+    )
+    return np.ascontiguousarray(words.transpose(0, 2, 3, 1, 5, 4))
+
+
+def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """float32 numbers rounded to the 10 bits of mantissa that TF32 has, ties away from zero."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(numbers), rounded.view(np.float32), numbers)
+
+
+def pack_weights(w: Any, *, allow_tf32: bool | None = None) -> Any:
+    """Prepare weights for the fused kernels, once for many calls.
+
+    Parameters
+    ----------
+    w : ndarray, shape (kh, kw, C, K), or BottleneckWeights
+        Weights of a convolution, or of a bottleneck: float16, bfloat16, float32 or float64.
+    allow_tf32 : bool, optional
+        As in :func:`conv2d`; calls with these weights use the same.
+
+    Returns
+    -------
+    PackedWeights or PackedBottleneck
+        For :func:`sparse_conv2d`, or :func:`sparse_res_block_bottleneck`, in place of `w`. A copy: what is written to
+        `w` later does not reach it. NumPy arrays, and float64, have nothing to be packed for; they pass through.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not weights.
+
+    Notes
+    -----
+    With CuPy arrays, work runs on the current stream, without synchronisation: one kernel for each convolution. It
+    allocates about the size of `w`. Weights that are not packed are packed in every call, which takes a launch more.
+    """
+    from ._bottleneck import BottleneckWeights, PackedBottleneck
+
+    tf32 = use_tf32(allow_tf32)
+    if isinstance(w, BottleneckWeights):
+        packed = (pack_array(array, tf32) for array in (w.conv1, w.conv2, w.conv3))
+        return PackedBottleneck(w, *packed, None if w.project is None else pack_array(w.project, tf32))
+    array_namespace({"w": w})
+    check_floating("w", spec_of(w))
+    if len(w.shape) != 4 or min(w.shape[:2]) < 1:
+        raise ValueError(f"w: expected shape (kh, kw, C, K), got {w.shape}")
+    return pack_array(w, tf32)
+
+
+def pack_array(w: Any, tf32: bool) -> PackedWeights:
+    """:class:`PackedWeights` of one convolution."""
+    tf32 = tf32 and w.dtype == np.float32
+    packing = packing_of(tuple(w.shape), w.dtype.itemsize if w.dtype.itemsize <= 4 else 4)
+    if isinstance(w, np.ndarray) or w.dtype.itemsize > 4:
+        return PackedWeights(w, np.empty(0, np.uint32), packing, tf32)
+    from . import _device
+
+    return PackedWeights(w, _device.fused().pack(w, packing, tf32), packing, tf32)
