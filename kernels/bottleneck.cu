@@ -9,6 +9,7 @@
 // In place, a CTA must not write what is the halo of another that has not read it. All CTAs therefore run at the same
 // time (the host launches no more than fit, as a cooperative grid), count themselves when their window is there, and
 // write only when all have. The count is long complete by then: most of a CTA's work lies between.
+#include "transfer.cuh"
 #include "window.cuh"
 
 namespace sbnet {
@@ -17,7 +18,6 @@ namespace sbnet {
 struct BottleneckAxis {
     int64 count, size;
     int64 extent;  // pixels of the image
-    int64 tiles;   // of a block
     int64 pad;     // of the second convolution, before the image
 };
 
@@ -28,14 +28,17 @@ struct Bottleneck {
     const StepWords* weights[3];     // packed
     const int* indices;              // [rows, 3]
     const int* bin_counts;           // [1]
-    const float* scale[3];           // before each convolution; the first may be null, for one that has been done
-    const float* shift[3];
+    const float* channels;           // scale1, shift1 [C], scale2, shift2, scale3, shift3 [B], aligned to 16 bytes
     unsigned int* meeting;           // in place: CTAs that have read their window, CTAs that know it of all; else null
     int64 source_strides[3];         // channels lie side by side
     int64 target_strides[3];
     int64 index_strides[2];
     int64 rows, batch;
     BottleneckAxis height, width;
+    int64 tiles;                     // of a block
+    Divisor by_tiles, by_tiles_w;
+    int64 tiles_w;
+    int64 activates;                 // whether the first step is to be done
     int64 target_is_stack;
 };
 
@@ -45,28 +48,17 @@ struct BottleneckSpan {
 
     __device__ BottleneckSpan(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
         within = tile * tile_size;
-        first = static_cast<int>(block * axis.size) + within;
+        first = static_cast<int>(block) * static_cast<int>(axis.size) + within;
         const int left = static_cast<int>(axis.size) - within, in_image = static_cast<int>(axis.extent) - first;
         size = left < tile_size ? left : tile_size;
         if (in_image < size) size = in_image;  // may be negative
     }
-
-    // The part of a window of `length` pixels from pixel `first - pad` on that lies in the image.
-    __device__ void inside(const BottleneckAxis& axis, int length, int& begin, int& end) const {
-        const int origin = first - static_cast<int>(axis.pad), left = static_cast<int>(axis.extent) - origin;
-        begin = origin < 0 ? -origin : 0;
-        end = left < length ? left : length;
-    }
-};
-
-template <int kDivisor>
-struct DivideBy {
-    __device__ unsigned int operator()(unsigned int n) const { return n / kDivisor; }
 };
 
 // Rows of an implicit matrix: pieces of a pixel, then of its neighbours under the kernel.
 template <int kPiecesOfPixel, int kPositions, int kKernelW, int kSteps>
 __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
+#pragma unroll 1
     for (int k = threadIdx.x; k < kSteps * kStepPieces; k += kProductThreads) {
         const int position = k / kPiecesOfPixel, piece = k % kPiecesOfPixel;
         offsets[k] = position < kPositions
@@ -75,59 +67,56 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
-// Sums of one product, of kSteps steps, by all warps, staged. Row m begins at `row_at(m)` in `matrix`.
+// The weights of one product, of kSteps steps, from `packed` on.
+template <typename Products, typename Layout, int kSteps>
+struct ProductWeights : WeightStream<Products, Layout::kN> {
+    static constexpr int kStride = kSteps * kWarp;
+
+    __device__ explicit ProductWeights(const StepWords* packed, const Layout& layout = Layout())
+        : WeightStream<Products, Layout::kN>(packed + layout.column / kColumns * kStride, kStride,
+                                             layout.begin(kSteps), layout.end(kSteps)) {}
+};
+
+// Sums of one product by all warps. Row m begins at `row_at(m)` in `matrix`.
 template <typename Products, typename Layout, int kSteps, typename RowAt>
-__device__ inline void product(float* staged, const unsigned char* matrix, RowAt row_at, const int* offsets,
-                               const unsigned char* zeros, const StepWords* packed) {
+__device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigned char* matrix, RowAt row_at,
+                               const int* offsets, const unsigned char* zeros,
+                               ProductWeights<Products, Layout, kSteps>& weights) {
     const Layout layout;
-    const int lane = threadIdx.x % kWarp;
     const unsigned char* rows[Layout::kM][Products::kLaneRows];
 #pragma unroll
     for (int m = 0; m < Layout::kM; ++m) {
 #pragma unroll
         for (int r = 0; r < Products::kLaneRows; ++r) {
-            rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(lane, r));
+            rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Sums<Layout::kM, Layout::kN> sums;
-    constexpr int64 kStride = static_cast<int64>(kSteps) * kWarp;
-    multiply<Products>(sums, rows, offsets, zeros, packed + layout.column / kColumns * kStride, kStride,
-                       layout.begin(kSteps), layout.end(kSteps));
-    __syncthreads();  // the matrix has been read: what is staged may take its place
-    layout.stage(staged, sums);
-    __syncthreads();
+    multiply<Products, Layout::kM, Layout::kN>(sums, rows, offsets, zeros, weights, layout.begin(kSteps));
 }
 
-// The step between two convolutions, from staged sums to the matrix of the next one. `is_inside` tells which pixels
+// The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
 // the dense network has; it pads with zeros.
 template <typename Products, typename Layout, int kPixels, int kPitch, typename IsInside>
-__device__ inline void activate_sums(unsigned char* matrix, const float* staged, const float* scale, const float* shift,
-                                     IsInside is_inside) {
+__device__ inline void activate_sums(unsigned char* matrix, const Layout& layout, int m, int n, const float (&sum)[4],
+                                     const float* scale, const float* shift, IsInside is_inside) {
     using T = typename Products::Number;
-    constexpr int kLanes = kPiece<T>, kFeatures = Layout::kAllColumns;
-    const Pieces pieces(kFeatures / kLanes);
-    const PieceAffine<kLanes> affine(scale, shift, true, pieces.piece * kLanes, kFeatures);
-    for (int pixel = pieces.first; pixel < kPixels; pixel += pieces.step) {
-        Vec<T, kLanes> numbers{};
-        if (is_inside(pixel)) {
-            float sum[kLanes];
-            Layout::template total<kLanes>(staged, pixel, pieces.piece * kLanes, sum);
+    const int column = layout.column_of(n);
+    const ChannelAffine<2> affine(scale, shift, true, column);
 #pragma unroll
-            for (int i = 0; i < kLanes; ++i) {
-                const float y = affine(sum[i], i);
-                if constexpr (Products::kRounds) {
-                    numbers.lane[i] = round_tf32(y);
-                } else {
-                    numbers.lane[i] = Addition<T>::end(y);
-                }
-            }
+    for (int r = 0; r < 2; ++r) {
+        const int pixel = layout.row_of(m, r);
+        const bool inside = is_inside(pixel);
+        float number[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) number[i] = inside ? affine(sum[2 * r + i], i) : 0.0f;
+        if (pixel < kPixels) {
+            store(matrix + pixel * kPitch + column * static_cast<int>(sizeof(T)), 0,
+                  rounded<T, Products::kRounds>(number));
         }
-        store(matrix + pixel * kPitch + pieces.piece * kPieceBytes, 0, numbers);
     }
-    __syncthreads();
 }
 
-// Registers: at most 255.
+// Registers: at most 128.
 template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
           typename Layout2, typename Layout3>
 __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {
@@ -136,7 +125,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     constexpr int kHaloH = kTileH + kKernelH - 1, kHaloW = kTileW + kKernelW - 1;
     constexpr int kHalo = kHaloH * kHaloW, kPixels = kTileH * kTileW;
     constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes, kPositions = kKernelH * kKernelW;
-    constexpr int kPitchC = (kPiecesC | 1) * kPieceBytes, kPitchB = (kPiecesB | 1) * kPieceBytes;
+    constexpr int kPitchB = (kPiecesB | 1) * kPieceBytes;
+    using Staged = SharedWindow<T, kPiecesC, kHaloH, kHaloW>;
     constexpr int kSteps1 = (kPiecesC + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps2 = (kPiecesB * kPositions + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps3 = (kPiecesB + kStepPieces - 1) / kStepPieces;
@@ -144,37 +134,38 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     static_assert(Layout1::kAllRows >= kHalo && Layout1::kAllColumns == kB, "the first product is whole");
     static_assert(Layout2::kAllRows >= kPixels && Layout2::kAllColumns == kB, "the second product is whole");
     static_assert(Layout3::kAllRows >= kPixels && kC % Layout3::kAllColumns == 0, "the third product is whole");
+    static_assert(Layout3::kDepth == 1, "the third product is not deep");
 
+    // First the pixels within reach of the second convolution, then what the window leaves room for: the window is of
+    // no use after the first product, so that parts of sums, and the tile between the last two, take its place.
     extern __shared__ StepWords bottleneck_shared[];
     unsigned char* zeros = reinterpret_cast<unsigned char*>(bottleneck_shared);
     int* offsets1 = reinterpret_cast<int*>(zeros + kPieceBytes);
     int* offsets2 = offsets1 + kSteps1 * kStepPieces;
     int* offsets3 = offsets2 + kSteps2 * kStepPieces;
-    unsigned char* middle = reinterpret_cast<unsigned char*>(offsets3 + kSteps3 * kStepPieces);
-    unsigned char* window_pixels = middle + kHalo * kPitchB;
-    float* staged = reinterpret_cast<float*>(window_pixels);
-
-    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, kPitchC);
-    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+    float* scale1 = reinterpret_cast<float*>(offsets3 + kSteps3 * kStepPieces);
+    float *shift1 = scale1 + kC, *scale2 = shift1 + kC, *shift2 = scale2 + kB, *scale3 = shift2 + kB;
+    float* shift3 = scale3 + kB;
+    unsigned char* halo_pixels = reinterpret_cast<unsigned char*>(shift3 + kB);
+    unsigned char* window_pixels = halo_pixels + kHalo * kPitchB;
+    unsigned char* tile_pixels = window_pixels + Layout2::kExchanged;
 
     const int64 active = *b.bin_counts;
-    const int tiles_of_block = static_cast<int>(b.height.tiles * b.width.tiles);
-    const int64 tiles = (active < b.rows ? active : b.rows) * tiles_of_block;
+    const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
     const auto leave = [&] {
         // The last one leaves the counts as they were.
         if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
     };
-    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
-        const int64 row = static_cast<unsigned int>(number) / static_cast<unsigned int>(tiles_of_block);
-        const int tile = static_cast<int>(number - row * tiles_of_block);
+    for (int64 number = blockIdx.x; number < b.rows * b.tiles; number += gridDim.x) {
+        const unsigned int row = b.by_tiles(static_cast<unsigned int>(number));
+        const unsigned int tile = static_cast<unsigned int>(number) - row * static_cast<unsigned int>(b.tiles);
+        const unsigned int down = b.by_tiles_w(tile), right = tile - down * static_cast<unsigned int>(b.tiles_w);
         const int* triple = b.indices + row * b.index_strides[0];
         const unsigned int image = triple[0];
         const unsigned int block_h = triple[b.index_strides[1]], block_w = triple[2 * b.index_strides[1]];
-        const int down = tile / static_cast<int>(b.width.tiles);
+        if (number >= tiles) break;  // asked only now, so that the count and the indices come together
         const BottleneckSpan y(b.height, block_h, down, kTileH);
-        const BottleneckSpan x(b.width, block_w, tile - down * static_cast<int>(b.width.tiles), kTileW);
+        const BottleneckSpan x(b.width, block_w, right, kTileW);
         if (image >= b.batch || block_h >= b.height.count || block_w >= b.width.count || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);
@@ -182,73 +173,126 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             }
             continue;
         }
+        const int top = y.first - static_cast<int>(b.height.pad), left = x.first - static_cast<int>(b.width.pad);
         Window window;
-        window.row_stride = b.source_strides[1];
-        window.column_stride = b.source_strides[2];
+        window.row_stride = static_cast<int>(b.source_strides[1]);
+        window.column_stride = static_cast<int>(b.source_strides[2]);
         window.channel_stride = 1;
-        window.origin = image * b.source_strides[0] + (y.first - b.height.pad) * window.row_stride +
-                        (x.first - b.width.pad) * window.column_stride;
-        y.inside(b.height, kHaloH, window.top, window.bottom);
-        x.inside(b.width, kHaloW, window.left, window.right);
+        window.origin = static_cast<int64>(image) * b.source_strides[0] +
+                        static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
+        inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
+        inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
 
         const T* source = static_cast<const T*>(b.source);
-        const WindowCopy<T> copy(window_pixels, kPitchC, kHalo, kPiecesC);
-        copy.start(window, source, 0, kC, true, kHaloW, DivideBy<kHaloW>{});
+        const Staged staged{window_pixels};
+        staged.template start<true, true>(window, source, 0, kC);
+        if (number == blockIdx.x) {  // on the way with the first window
+#pragma unroll 1
+            for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
+                copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
+            }
+            if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+            list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
+            list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
+            list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+        }
+        ProductWeights<Products, Layout1, kSteps1> weights1(b.weights[0]);
         wait_async();
-        if (Products::kRounds || b.scale[0] != nullptr) {
-            const bool activates = b.scale[0] != nullptr;
-            const PieceAffine<kLanes> affine(b.scale[0], b.shift[0], activates, copy.pieces.piece * kLanes, kC);
-            copy.template activate<Products::kRounds>(window, affine, kHaloW, DivideBy<kHaloW>{});
+        if (number == blockIdx.x) __syncthreads();  // scales and shifts come from other threads
+        if (Products::kRounds || b.activates) {
+            const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, Staged::piece() * kLanes);
+            staged.template activate<Products::kRounds>(window, affine);
         }
         __syncthreads();
         if (b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
 
-        product<Products, Layout1, kSteps1>(
-            staged, window_pixels, [](int m) { return (m < kHalo ? m : 0) * kPitchC; }, offsets1, zeros, b.weights[0]);
-        activate_sums<Products, Layout1, kHalo, kPitchB>(
-            middle, staged, b.scale[1], b.shift[1],
-            [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
-        product<Products, Layout2, kSteps2>(
-            staged, middle,
-            [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
-            b.weights[1]);
-        activate_sums<Products, Layout2, kPixels, kPitchB>(middle, staged, b.scale[2], b.shift[2],
-                                                           [](int) { return true; });
+        {
+            const Layout1 layout;
+            Sums<Layout1::kM, Layout1::kN> sums;
+            product<Products, Layout1, kSteps1>(
+                sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
+                weights1);
+            if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
+            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
+                activate_sums<Products, Layout1, kHalo, kPitchB>(
+                    halo_pixels, layout, m, n, sum, scale2, shift2,
+                    [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
+            });
+        }
+        ProductWeights<Products, Layout2, kSteps2> weights2(b.weights[1]);
+        __syncthreads();
+        {
+            const Layout2 layout;
+            Sums<Layout2::kM, Layout2::kN> sums;
+            product<Products, Layout2, kSteps2>(
+                sums, halo_pixels,
+                [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
+                weights2);
+            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
+                activate_sums<Products, Layout2, kPixels, kPitchB>(tile_pixels, layout, m, n, sum, scale3, shift3,
+                                                                   [](int) { return true; });
+            });
+        }
+        ProductWeights<Products, Layout3, kSteps3> weights3(b.weights[2]);
+        __syncthreads();
 
         const bool stack = b.target_is_stack != 0;
-        T* target = static_cast<T*>(b.target) + (stack ? row : static_cast<int64>(image)) * b.target_strides[0] +
-                    (stack ? y.within : y.first) * b.target_strides[1] +
-                    (stack ? x.within : x.first) * b.target_strides[2];
-        const T* residual = source + image * b.source_strides[0] + y.first * window.row_stride +
-                            x.first * window.column_stride;
-        for (int column = 0; column < kC; column += Layout3::kAllColumns) {
+        T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? row : image) * b.target_strides[0] +
+                          static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
+                          static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
+        const T* const residual = source + window.origin + window.offset(y.first - top, x.first - left);
+        const int target_row = static_cast<int>(b.target_strides[1]);
+        const int target_column = static_cast<int>(b.target_strides[2]);
+        const Layout3 layout;
+        for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
+            // What is added is asked for before the product.
+            Vec<T, 2> numbers[Layout3::kM][2][Layout3::kN];
+            bool exists[Layout3::kM][2];
+#pragma unroll
+            for (int m = 0; m < Layout3::kM; ++m) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int pixel = layout.row_of(m, r), dy = pixel / kTileW, dx = pixel % kTileW;
+                    exists[m][r] = dy < y.size && dx < x.size;
+                    const T* from = residual + (window.offset(dy, dx) + pass + layout.column_of(0));
+#pragma unroll
+                    for (int n = 0; n < Layout3::kN; ++n) {
+                        numbers[m][r][n] = Vec<T, 2>{};
+                        if (exists[m][r]) numbers[m][r][n] = load<Vec<T, 2>>(from + n * kColumns, 0);
+                    }
+                }
+            }
+            Sums<Layout3::kM, Layout3::kN> sums;
             product<Products, Layout3, kSteps3>(
-                staged, middle, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros,
-                b.weights[2] + static_cast<int64>(column) / kColumns * kSteps3 * kWarp);
-            if (b.meeting != nullptr && column == 0) {
+                sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
+            const int following = pass + Layout3::kAllColumns < kC ? pass + Layout3::kAllColumns : pass;
+            weights3 = ProductWeights<Products, Layout3, kSteps3>(b.weights[2] + following / kColumns * weights3.kStride);
+            if (b.meeting != nullptr && pass == 0) {
                 if (threadIdx.x == 0) {
                     wait_for(b.meeting, static_cast<unsigned int>(tiles));
                     leave();
                 }
                 __syncthreads();
             }
-            const Pieces pieces(Layout3::kAllColumns / kLanes);
-            const int channel = column + pieces.piece * kLanes;
-            for (int pixel = pieces.first; pixel < kPixels; pixel += pieces.step) {
-                const int dy = pixel / kTileW, dx = pixel % kTileW;
-                if (dy >= y.size || dx >= x.size) continue;
-                float sum[kLanes];
-                Layout3::template total<kLanes>(staged, pixel, pieces.piece * kLanes, sum);
-                auto numbers = load<Vec<T, kLanes>>(
-                    residual + dy * window.row_stride + dx * window.column_stride + channel, 0);
 #pragma unroll
-                for (int i = 0; i < kLanes; ++i) {
-                    numbers.lane[i] = Addition<T>::end(Addition<T>::begin(numbers.lane[i]) + sum[i]);
+            for (int m = 0; m < Layout3::kM; ++m) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int pixel = layout.row_of(m, r), dy = pixel / kTileW, dx = pixel % kTileW;
+                    T* to = target + (dy * target_row + dx * target_column + pass + layout.column_of(0));
+#pragma unroll
+                    for (int n = 0; n < Layout3::kN; ++n) {
+                        float number[2];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            number[i] = Addition<T>::begin(numbers[m][r][n].lane[i]) + sums.at[m][n][2 * r + i];
+                        }
+                        if (exists[m][r]) store(to + n * kColumns, 0, rounded<T, false>(number));
+                    }
                 }
-                store(target + dy * b.target_strides[1] + dx * b.target_strides[2] + channel, 0, numbers);
             }
-            __syncthreads();
         }
+        __syncthreads();
     }
 }
 

@@ -45,8 +45,8 @@ __device__ inline const unsigned char* piece_at(const unsigned char* row, int of
     return offset == kNoPiece ? zeros : row + offset;
 }
 
-// On tensor cores: halves, or float32 rounded to TF32 beforehand.
-template <typename T>
+// On tensor cores: halves, or float32 rounded to TF32, by whoever writes the rows or (kRoundsRows) when they are read.
+template <typename T, bool kRoundsRows = false>
 struct TensorCores {
     using Number = T;
     static constexpr bool kRounds = sizeof(T) == 4;
@@ -59,7 +59,7 @@ struct TensorCores {
         StepWords words[kN];
 
         // Of the columns from `first` on, a step further than `step` on each call.
-        __device__ void load(const StepWords* packed, int64 column_stride, int lane) {
+        __device__ void load(const StepWords* packed, int column_stride, int lane) {
 #pragma unroll
             for (int n = 0; n < kN; ++n) words[n] = load_constant(packed + n * column_stride + lane);
         }
@@ -73,7 +73,15 @@ struct TensorCores {
             const int offset = offsets[half + lane / kRows];
             unsigned int a[kM][4];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
+            for (int m = 0; m < kM; ++m) {
+                load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
+                if constexpr (kRoundsRows && kRounds) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        a[m][k] = __float_as_int(round_tf32(__int_as_float(static_cast<int>(a[m][k]))));
+                    }
+                }
+            }
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -99,9 +107,9 @@ struct Plain {
     template <int kN>
     struct Weights {
         const StepWords* packed;
-        int64 column_stride;
+        int column_stride;
 
-        __device__ void load(const StepWords* step, int64 stride, int) {
+        __device__ void load(const StepWords* step, int stride, int) {
             packed = step;
             column_stride = stride;
         }
@@ -147,22 +155,44 @@ struct Plain {
     }
 };
 
-// Adds steps [begin, end) to the sums of a warp. `packed` points to step 0 of its first columns.
+// A warp's way through its weights: as many steps ahead as registers allow, because the L2 cache is far away.
+template <typename Products, int kN>
+struct WeightStream {
+    static constexpr int kAhead = kN >= 5 ? 1 : kN >= 3 ? 2 : kN == 2 ? 4 : 6;
+
+    typename Products::template Weights<kN> ahead[kAhead];
+    const StepWords* packed;  // at step 0
+    int column_stride;
+    int next, end;
+
+    // Steps [begin, end) of kN times 8 columns, `stride` apart. Asks for the first ones.
+    __device__ WeightStream(const StepWords* columns, int stride, int first, int last)
+        : packed(columns), column_stride(stride), next(first), end(last) {
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) fetch(ahead[k]);
+    }
+
+    __device__ void fetch(typename Products::template Weights<kN>& weights) {
+        if (next >= end) return;
+        weights.load(packed + next * kWarp, column_stride, threadIdx.x % kWarp);
+        ++next;
+    }
+};
+
+// Adds all steps of a stream to the sums of a warp, of which `begin` is the first.
 template <typename Products, int kM, int kN>
 __device__ inline void multiply(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][Products::kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const StepWords* packed,
-                                int64 column_stride, int begin, int end) {
-    constexpr int kStepWords = 32;  // a lane's StepWords of one step and 8 columns lie side by side
-    const int lane = threadIdx.x % 32;
-    typename Products::template Weights<kN> weights[2];
-    // Weights are asked for a step ahead.
-    if (begin < end) weights[0].load(packed + static_cast<int64>(begin) * kStepWords, column_stride, lane);
-#pragma unroll 2
-    for (int k = begin; k < end; ++k) {
-        const int next = k + 1 < end ? k + 1 : k;
-        weights[1].load(packed + static_cast<int64>(next) * kStepWords, column_stride, lane);
-        Products::step(sums, rows, offsets + k * kStepPieces, zeros, weights[0], lane);
-        weights[0] = weights[1];
+                                const int* offsets, const unsigned char* zeros, WeightStream<Products, kN>& stream,
+                                int begin) {
+    constexpr int kAhead = WeightStream<Products, kN>::kAhead;
+    const int lane = threadIdx.x % kWarp;
+    for (int k = begin; k < stream.end; k += kAhead) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (k + i >= stream.end) break;
+            Products::step(sums, rows, offsets + (k + i) * kStepPieces, zeros, stream.ahead[i], lane);
+            stream.fetch(stream.ahead[i]);
+        }
     }
 }
 

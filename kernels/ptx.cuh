@@ -62,6 +62,39 @@ __device__ inline float fma_exact(float a, float b, float c) {
 #endif
 }
 
+// max(a, 0); NaN stays.
+__device__ inline float relu_exact(float a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(a));
+    return result;
+#else
+    return a < 0.0f ? 0.0f : a;
+#endif
+}
+
+// Two numbers rounded to halves, the first in the lower bits.
+__device__ inline unsigned int pack_halves(float first, float second, __half) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned int packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+#else
+    const __half numbers[2] = {__float2half_rn(first), __float2half_rn(second)};
+    return *reinterpret_cast<const unsigned int*>(numbers);
+#endif
+}
+__device__ inline unsigned int pack_halves(float first, float second, __nv_bfloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned int packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+    return packed;
+#else
+    const __nv_bfloat16 numbers[2] = {__float2bfloat16_rn(first), __float2bfloat16_rn(second)};
+    return *reinterpret_cast<const unsigned int*>(numbers);
+#endif
+}
+
 // a > b; false where either is NaN.
 __device__ inline bool greater_exact(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -90,14 +123,15 @@ __device__ inline double widen_exact(float a) {
 constexpr int kLeastAsyncBytes = 4;
 
 // Copies kBytes (4, 8 or 16) from global to shared memory, or zeros where not `found`, without waiting: wait_async
-// does. Both addresses are multiples of kBytes; where not `found`, nothing is read.
-template <int kBytes>
+// does. Both addresses are multiples of kBytes; where not `found`, nothing is read. `kCaches` tells that the L1 cache
+// keeps what was read, for a thread that will read it again.
+template <int kBytes, bool kCaches = false>
 __device__ inline void copy_async(void* shared, const void* global, bool found) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "asynchronous copies have 4, 8 or 16 bytes");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const unsigned int target = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
     const int bytes = found ? kBytes : 0;
-    if constexpr (kBytes == 16) {
+    if constexpr (kBytes == 16 && !kCaches) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(bytes)

@@ -212,8 +212,6 @@ constexpr int batch_of(Index rows, int most) {
     return static_cast<int>((rows + batches - 1) / batches);
 }
 
-constexpr int kWarp = 32;
-
 // CTAs that must fit on a multiprocessor, where `hopper` is what was measured best on an H200. For other generations
 // the assembler may use up to 128 registers, and never spills.
 constexpr int ctas_that_fit(int hopper) {

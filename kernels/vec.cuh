@@ -5,6 +5,8 @@ namespace sbnet {
 
 using int64 = long long;
 
+constexpr int kWarp = 32;  // threads
+
 // Unsigned built-in type of kBytes bytes; 16 bytes is the widest access that a thread can make.
 template <int kBytes>
 struct RawType;

@@ -1,180 +1,228 @@
-// A window of pixels of a tensor: brought to shared memory for products to read, activated there; and the way back,
-// from the sums of all warps to pixels.
+// A window of pixels of a tensor, brought to shared memory for products to read, and activated there; and how warps
+// share the sums of a product. All sizes are compile-time constants: these kernels run for a few microseconds, of which
+// every division would take a part.
 #pragma once
 
 #include "products.cuh"
-#include "transfer.cuh"
 
 namespace sbnet {
 
-// Threads of a CTA, as 8 warps.
-constexpr int kProductThreads = 256;
+// Threads of a CTA: enough warps that one computes while others wait.
+constexpr int kProductThreads = 512;
 constexpr int kProductWarps = kProductThreads / kWarp;
 
-// Pixels [top, bottom) x [left, right) of the window lie in the tensor. Offsets and strides are in numbers.
+// Pixels [top, bottom) x [left, right) of a window lie in the tensor. Strides are in numbers; within a window, offsets
+// fit 32 bits: the host sees to that.
 struct Window {
-    int64 origin;  // of pixel (0, 0), also where that lies outside of the tensor
-    int64 row_stride, column_stride, channel_stride;
+    int64 origin;  // offset of pixel (0, 0), also where that lies outside of the tensor
+    int row_stride, column_stride, channel_stride;
     int top, bottom, left, right;
 
     __device__ bool contains(int y, int x) const { return y >= top && y < bottom && x >= left && x < right; }
-    __device__ int64 offset(int y, int x) const { return origin + y * row_stride + x * column_stride; }
+    __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
 
-// A thread takes one piece of every `step`-th pixel, so that it keeps what belongs to its channels in registers.
-// Neighbouring threads take neighbouring pieces.
-struct Pieces {
-    int piece, first, step;
+// Which part [begin, end) of `size` pixels from pixel `first` on lies in [0, extent).
+__device__ inline void inside_of(int first, int size, int extent, int& begin, int& end) {
+    begin = first < 0 ? -first : 0;
+    end = extent - first < size ? extent - first : size;
+}
 
-    __device__ explicit Pieces(int pieces_of_pixel) {
-        step = kProductThreads / pieces_of_pixel;
-        first = static_cast<int>(threadIdx.x) / pieces_of_pixel;
-        piece = static_cast<int>(threadIdx.x) - first * pieces_of_pixel;
-        if (first >= step) first = 1 << 30;  // threads that are left over
+// What products read of numbers: their type, or float32 rounded to TF32.
+template <typename T, bool kRounds, int kLanes>
+__device__ inline Vec<T, kLanes> rounded(const float (&number)[kLanes]) {
+    Vec<T, kLanes> result;
+    if constexpr (sizeof(T) == 2) {
+        unsigned int* words = reinterpret_cast<unsigned int*>(&result);
+#pragma unroll
+        for (int i = 0; i < kLanes; i += 2) words[i / 2] = pack_halves(number[i], number[i + 1], T{});
+    } else {
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) result.lane[i] = kRounds ? round_tf32(number[i]) : number[i];
     }
-};
+    return result;
+}
 
-// The step max(x * scale + shift, 0), or parts of it, for the channels of a piece. Rounded once: within the error
-// bounds of products, though not what Affine gives, bit for bit.
+// The step max(x * scale + shift, 0), or without the maximum, for some channels. Rounded once: within the error bounds
+// of products, though not what Affine gives, bit for bit.
 template <int kLanes>
-struct PieceAffine {
-    float scale[kLanes], shift[kLanes];
+struct ChannelAffine {
+    static constexpr int kAtOnce = kLanes < 4 ? kLanes : 4;
+
+    Vec<float, kAtOnce> scale[kLanes / kAtOnce], shift[kLanes / kAtOnce];
     bool has_relu;
 
-    // Arrays of a float for each channel, or null. Channels from `channels` on count as 0.
-    __device__ PieceAffine(const float* scales, const float* shifts, bool relu, int channel, int channels)
-        : has_relu(relu) {
+    // Arrays in shared memory, of a float for each channel.
+    __device__ ChannelAffine(const float* scales, const float* shifts, bool relu, int channel) : has_relu(relu) {
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) {
-            const bool exists = channel + i < channels;
-            scale[i] = scales == nullptr ? 1.0f : exists ? load_constant(scales + channel + i) : 0.0f;
-            shift[i] = shifts == nullptr || !exists ? 0.0f : load_constant(shifts + channel + i);
+        for (int i = 0; i < kLanes / kAtOnce; ++i) {
+            scale[i] = load_lanes<float, kAtOnce>(scales, channel + i * kAtOnce);
+            shift[i] = load_lanes<float, kAtOnce>(shifts, channel + i * kAtOnce);
         }
     }
 
     __device__ float operator()(float x, int i) const {
-        const float y = fma_exact(x, scale[i], shift[i]);
-        return has_relu && y < 0.0f ? 0.0f : y;  // NaN stays
+        const float y = fma_exact(x, scale[i / kAtOnce].lane[i % kAtOnce], shift[i / kAtOnce].lane[i % kAtOnce]);
+        return has_relu ? relu_exact(y) : y;
     }
 };
 
-// How a thread copies its pieces of a window to shared memory, pixel after pixel, `pitch` bytes each, and zeros for
-// what lies outside of the tensor. An odd number of pieces to a pixel keeps load_matrices free of bank conflicts.
-template <typename T>
-struct WindowCopy {
-    unsigned char* shared;
-    int pitch;
-    int pixels;
-    Pieces pieces;
+// Scales and shifts of `room` channels from `first` on, to shared memory. Null stands for ones, or zeros; so do
+// channels from `channels` on.
+__device__ inline void share_channels(float* scales, float* shifts, int room, const float* scale, const float* shift,
+                                      int first, int channels) {
+    for (int k = threadIdx.x; k < room; k += kProductThreads) {
+        const bool exists = first + k < channels;
+        scales[k] = scale != nullptr && exists ? load_constant(scale + first + k) : 1.0f;
+        shifts[k] = shift != nullptr && exists ? load_constant(shift + first + k) : 0.0f;
+    }
+}
 
-    __device__ WindowCopy(unsigned char* target, int pixel_pitch, int pixel_count, int pieces_of_pixel)
-        : shared(target), pitch(pixel_pitch), pixels(pixel_count), pieces(pieces_of_pixel) {}
+// A window of kHeight x kWidth pixels in shared memory, pixel after pixel. A thread takes one piece of every kStep-th
+// pixel, so that it keeps what belongs to its channels in registers; neighbouring threads take neighbouring pieces.
+template <typename T, int kPieces, int kHeight, int kWidth>
+struct SharedWindow {
+    static_assert(kPieces <= kProductThreads, "a thread takes one piece of a pixel");
+    static constexpr int kPixels = kHeight * kWidth;
+    // An odd number of pieces to a pixel keeps load_matrices free of bank conflicts.
+    static constexpr int kPitch = (kPieces | 1) * kPieceBytes;
+    static constexpr int kBytes = kPixels * kPitch;
+    static constexpr int kStep = kProductThreads / kPieces;
+    static constexpr int kTurns = (kPixels + kStep - 1) / kStep;
+    static constexpr int kUnroll = kTurns < 8 ? kTurns : 8;
 
-    // `by_width` divides by the width of the window. `whole` tells that pieces are pieces in memory too: aligned to 16
-    // bytes, channels side by side, and as many that the last piece is full.
-    template <typename ByWidth>
-    __device__ void start(const Window& window, const T* tensor, int channel, int channels, bool whole, int width,
-                          ByWidth by_width) const {
-        const int begin = channel + pieces.piece * kPiece<T>;
-        for (int pixel = pieces.first; pixel < pixels; pixel += pieces.step) {
-            const int y = by_width(static_cast<unsigned int>(pixel));
-            const int x = pixel - y * width;
-            const bool inside = window.contains(y, x);
-            unsigned char* target = shared + pixel * pitch + pieces.piece * kPieceBytes;
-            const T* source = tensor + window.offset(y, x) + begin * window.channel_stride;
-            if (whole) {
-                copy_async<kPieceBytes>(target, source, inside && begin < channels);
+    unsigned char* pixels;
+
+    __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+    // Of the thread, at a turn; kPixels or more where it has nothing to do.
+    __device__ static int pixel(int turn) {
+        const int first = static_cast<int>(threadIdx.x) / kPieces;
+        return first < kStep ? first + turn * kStep : kPixels;
+    }
+    __device__ unsigned char* place(int of_pixel) const { return pixels + of_pixel * kPitch + piece() * kPieceBytes; }
+
+    // Starts to copy a thread's pieces of channels from `channel` on, and zeros for what lies outside of the tensor or
+    // beyond `channels`. kWhole tells that pieces are pieces in memory too: aligned to 16 bytes, channels side by side,
+    // the last piece full. kCaches keeps them in the L1 cache.
+    template <bool kWhole, bool kCaches>
+    __device__ void start(const Window& window, const T* tensor, int channel, int channels) const {
+        const int begin = channel + piece() * kPiece<T>;
+        const bool exists = begin < channels;
+        const T* source = tensor + window.origin + (kWhole ? begin : begin * window.channel_stride);
+#pragma unroll kUnroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = pixel(turn), y = at / kWidth, x = at % kWidth;
+            const bool inside = exists && window.contains(y, x);
+            const T* from = source + window.offset(y, x);
+            if (at >= kPixels) continue;
+            if constexpr (kWhole) {
+                copy_async<kPieceBytes, kCaches>(place(at), from, inside);
             } else {
                 Vec<T, kPiece<T>> numbers{};
-#pragma unroll
                 for (int i = 0; i < kPiece<T>; ++i) {
-                    if (inside && begin + i < channels) numbers.lane[i] = source[i * window.channel_stride];
+                    if (inside && begin + i < channels) numbers.lane[i] = from[i * window.channel_stride];
                 }
-                store(target, 0, numbers);
+                store(place(at), 0, numbers);
             }
         }
     }
 
-    // After the copies of this thread are there: the step in all pixels of the tensor, zeros elsewhere as they are.
-    template <bool kRounds, typename ByWidth>
-    __device__ void activate(const Window& window, const PieceAffine<kPiece<T>>& affine, int width,
-                             ByWidth by_width) const {
-        for (int pixel = pieces.first; pixel < pixels; pixel += pieces.step) {
-            const int y = by_width(static_cast<unsigned int>(pixel));
-            if (!window.contains(y, pixel - y * width)) continue;
-            unsigned char* place = shared + pixel * pitch + pieces.piece * kPieceBytes;
-            auto numbers = load<Vec<T, kPiece<T>>>(place, 0);
+    // After the copies of this thread are there: the step in all pixels of the tensor; what is zero outside of it stays.
+    template <bool kRounds>
+    __device__ void activate(const Window& window, const ChannelAffine<kPiece<T>>& affine) const {
+        // A few at a time, loaded before the first is stored.
+        constexpr int kBatch = kTurns < 4 ? kTurns : 4;
+#pragma unroll 2
+        for (int first = 0; first < kTurns; first += kBatch) {
+            Vec<T, kPiece<T>> numbers[kBatch];
 #pragma unroll
-            for (int i = 0; i < kPiece<T>; ++i) {
-                const float y = affine(Addition<T>::begin(numbers.lane[i]), i);
-                if constexpr (kRounds) {
-                    numbers.lane[i] = round_tf32(y);
-                } else {
-                    numbers.lane[i] = Addition<T>::end(y);
+            for (int u = 0; u < kBatch; ++u) {
+                const int at = pixel(first + u);
+                numbers[u] = load<Vec<T, kPiece<T>>>(place(at < kPixels ? at : 0), 0);
+            }
+#pragma unroll
+            for (int u = 0; u < kBatch; ++u) {
+                const int at = pixel(first + u);
+                float number[kPiece<T>];
+#pragma unroll
+                for (int i = 0; i < kPiece<T>; ++i) number[i] = affine(Addition<T>::begin(numbers[u].lane[i]), i);
+                if (at < kPixels && window.contains(at / kWidth, at % kWidth)) {
+                    store(place(at), 0, rounded<T, kRounds>(number));
                 }
             }
-            store(place, 0, numbers);
         }
     }
 };
 
-// How 8 warps share the sums of a product: each takes kM x kN tiles of 16 x 8, and those that differ in `depth` only,
-// parts of the sums of the same.
+// How the warps of a CTA share the sums of a product: each takes kM x kN tiles of 16 x 8, and those that differ in
+// `depth` only, parts of the sums of the same.
 template <int kM_, int kN_, int kWarpsM, int kWarpsN>
 struct Warps {
-    static constexpr int kM = kM_, kN = kN_;
-    static constexpr int kDepth = kProductWarps / (kWarpsM * kWarpsN);
-    static_assert(kDepth * kWarpsM * kWarpsN == kProductWarps, "8 warps are shared out");
+    static constexpr int kM = kM_, kN = kN_, kTiles = kM * kN;
+    static constexpr int kWide = kWarpsM * kWarpsN;  // warps of one depth
+    static constexpr int kDepth = kProductWarps / kWide;
+    static_assert(kDepth * kWide == kProductWarps, "all warps have a share");
     static constexpr int kAllRows = kWarpsM * kM * kRows, kAllColumns = kWarpsN * kN * kColumns;
-    // Rows of staged sums are so long that the stores of a warp meet no bank twice.
-    static constexpr int kPitch = kAllColumns + (kAllColumns / kColumns % 2 == 0 ? kColumns : 0);
-    static constexpr int kStagedBytes = kDepth * kAllRows * kPitch * static_cast<int>(sizeof(float));
+    // Shared memory through which depths exchange their parts.
+    static constexpr int kExchanged = kDepth == 1 ? 0 : kProductWarps * kTiles * kWarp * 16;
 
-    int row, column, depth;  // first ones of the calling warp
+    int row, column;  // first ones of the calling warp
+    int depth, wide;
 
     __device__ Warps() {
         const int warp = static_cast<int>(threadIdx.x) / kWarp;
-        row = warp % kWarpsM * kM * kRows;
-        column = warp / kWarpsM % kWarpsN * kN * kColumns;
-        depth = warp / (kWarpsM * kWarpsN);
+        wide = warp % kWide;
+        depth = warp / kWide;
+        row = wide % kWarpsM * kM * kRows;
+        column = wide / kWarpsM * kN * kColumns;
     }
 
     // The warp's share of `steps`.
     __device__ int begin(int steps) const { return steps * depth / kDepth; }
     __device__ int end(int steps) const { return steps * (depth + 1) / kDepth; }
 
-    __device__ void stage(float* staged, const Sums<kM, kN>& sums) const {
-        const int lane = threadIdx.x % kWarp;
+    // Calls `finish(m, n, sum)` for every tile of 16 x 8 sums: by the only warp that has it, or, after the parts of all
+    // depths are added, by the warp of depth (m * kN + n) % kDepth. Parts are added in order, so that every run gives
+    // the same bits. All threads call it; nobody may be reading `shared`.
+    template <typename Finish>
+    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Finish finish) const {
+        if constexpr (kDepth == 1) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+            for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
+                for (int n = 0; n < kN; ++n) finish(m, n, sums.at[m][n]);
+            }
+        } else {
+            using Part = Vec<float, 4>;
+            const int lane = threadIdx.x % kWarp;
+            Part* parts = reinterpret_cast<Part*>(shared) + wide * kTiles * kWarp + lane;
+            constexpr int kStride = kWide * kTiles * kWarp;  // from depth to depth
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int at = (depth * kAllRows + row + m * kRows + r * 8 + lane / 4) * kPitch + column +
-                                   n * kColumns + lane % 4 * 2;
-                    store_lanes(staged, at, Vec<float, 2>{{sums.at[m][n][2 * r], sums.at[m][n][2 * r + 1]}});
+            for (int k = 0; k < kTiles; ++k) {
+                const float(&sum)[4] = sums.at[k / kN][k % kN];
+                parts[depth * kStride + k * kWarp] = Part{{sum[0], sum[1], sum[2], sum[3]}};
+            }
+            __syncthreads();
+            for (int k = depth; k < kTiles; k += kDepth) {
+                Part part[kDepth];
+#pragma unroll
+                for (int d = 0; d < kDepth; ++d) part[d] = parts[d * kStride + k * kWarp];
+                float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sum[i] += part[d].lane[i];
                 }
+                finish(k / kN, k % kN, sum);
             }
         }
     }
 
-    // kLanes sums of a row, from a multiple of kLanes columns on. Parts are added in order, which makes results the
-    // same in every run.
-    template <int kLanes>
-    __device__ static void total(const float* staged, int of_row, int of_column, float (&sum)[kLanes]) {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) sum[i] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < kDepth; ++k) {
-#pragma unroll
-            for (int i = 0; i < kLanes; i += 4) {
-                const auto part = load_lanes<float, 4>(staged, (k * kAllRows + of_row) * kPitch + of_column + i);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum[i + j] += part.lane[j];
-            }
-        }
+    // Row of sums 2 * r and 2 * r + 1 of tile (m, n), and the first one's column.
+    __device__ int row_of(int m, int r) const {
+        return row + m * kRows + r * 8 + static_cast<int>(threadIdx.x) % kWarp / 4;
     }
+    __device__ int column_of(int n) const { return column + n * kColumns + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
 }  // namespace sbnet

@@ -129,68 +129,69 @@ def _prepare_conv(call: ConvCall) -> _Ready | None:
     dtype = call.source.spec.dtype
     limits = _jit.device_limits(call.device)
     tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
-    problem = ConvProblem(call.packing, call.layer.ksize, call.layer.strides, call.grid.bsize, call.rows, tensor)
+    problem = ConvProblem(
+        call.packing, call.layer.ksize, call.layer.strides, call.grid.bsize, call.rows, tensor, call.activates
+    )
     if 0 in (*call.target.spec.shape, call.packing.columns, call.rows):
-        return _Ready(conv_instance("", (0, 0, 0, 0)), (0, 0, 0), 0, _jit.Template(0, []))
+        return _Ready(conv_instance("", "", (), ()), (0, 0, 0), 0, _jit.Template(0, []))
     plan = plan_conv(problem, limits)
     if plan is None:
         return None
-    instance = conv_instance(products_of(dtype, tensor), plan.layout)
+    rounds = tensor and dtype.itemsize == 4 and not call.activates
+    shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
+    instance = conv_instance(products_of(dtype, tensor, rounds), plan.layout.expression, shape, _conv_form(call))
     return _Ready(instance, plan.grid, plan.shared, _conv_argument(call, plan))
+
+
+def _conv_form(call: ConvCall) -> tuple[bool, ...]:
+    """ConvForm of kernels/conv.cu."""
+    targets = [spec for spec in (call.target.spec, call.residual) if spec is not None]
+    paired = all(_is_whole(spec, 2 * spec.itemsize) for spec in targets)
+    whole, adds = _is_whole(call.source.spec), call.residual is not None
+    return whole, paired, call.activates, adds, call.packing.chunks > 1
 
 
 def _conv_argument(call: ConvCall, plan: ConvPlan) -> _jit.Template:
     """struct Conv of kernels/conv.cu; the first ten fields are addresses."""
     packing, source, target = call.packing, call.source.spec, call.target.spec
-    residual = call.residual or target
-    whole = all(_is_whole(spec) for spec in (target, residual))
+    tiles = plan.tiles[0] * plan.tiles[1]
     return _jit.Template(
         10,
         [
             *_strides(source),
             *_strides(target),
-            *_strides(residual),
+            *_strides(call.residual or target),
             *(s // 4 for s in call.index_strides),
             call.rows,
             min(call.batch, MOST_IMAGES),
             packing.channels,
             packing.features,
-            *_conv_axis(call, plan, 0),
-            *_conv_axis(call, plan, 1),
-            *division(plan.tile[1]),
-            *division(plan.window[1]),
-            packing.chunk,
+            *_conv_axis(call, 0),
+            *_conv_axis(call, 1),
+            tiles,
+            *division(tiles),
+            *division(plan.tiles[1]),
+            plan.tiles[1],
             packing.chunks,
-            plan.pitch,
-            packing.steps,
-            plan.window_bytes,
             int(call.source.is_stack),
             int(call.target.is_stack),
-            int(_is_whole(source)),
-            int(whole),
-            int(call.activates),
             int(call.source_relu),
             int(call.target_relu),
         ],
     )
 
 
-def _conv_axis(call: ConvCall, plan: ConvPlan, axis: int) -> tuple[int, ...]:
+def _conv_axis(call: ConvCall, axis: int) -> tuple[int, ...]:
     """struct ConvAxis of kernels/conv.cu."""
     layer, grid = call.layer, call.grid
-    source = call.source.spec.shape[1 + axis]
     return (
         call.bcount[axis],
         grid.boffset[axis],
         grid.bstride[axis],
         grid.bsize[axis],
         layer.out_size[axis],
-        plan.tile[axis],
-        plan.tiles[axis],
-        layer.ksize[axis],
-        layer.strides[axis],
         layer.pad_before[axis],
-        source,
+        call.source.spec.shape[1 + axis],
     )
 
 
@@ -199,14 +200,14 @@ def _strides(spec: Spec) -> tuple[int, ...]:
     return tuple(s // spec.itemsize if n > 1 else 0 for s, n in zip(spec.strides, spec.shape))
 
 
-def _is_whole(spec: Spec) -> bool:
-    """Whether every pixel is aligned pieces of 16 bytes."""
+def _is_whole(spec: Spec, size: int = PIECE_BYTES) -> bool:
+    """Whether every pixel is aligned pieces of so many bytes."""
     outer = zip(spec.strides[:3], spec.shape[:3])
     return (
-        (spec.shape[3] * spec.itemsize) % PIECE_BYTES == 0
+        (spec.shape[3] * spec.itemsize) % size == 0
         and spec.strides[3] == spec.itemsize
-        and spec.misalignment == 0
-        and all(n == 1 or s % PIECE_BYTES == 0 for s, n in outer)
+        and spec.misalignment % size == 0
+        and all(n == 1 or s % size == 0 for s, n in outer)
     )
 
 
@@ -226,6 +227,8 @@ class BottleneckCall:
     #: The second convolution.
     layer: Layer
     inner: int
+    #: Whether batch norm and ReLU come before the first convolution.
+    activates: bool
     tf32: bool
     device: int
 
@@ -249,7 +252,7 @@ def bottleneck(
     weights: tuple[PackedWeights, PackedWeights, PackedWeights],
     bin_counts: Any,
     indices: Any,
-    affines: tuple[Affine, Affine, Affine],
+    channels: Any,
 ) -> None:
     """Run a bottleneck for which :func:`bottleneck_fits`."""
     ready = _prepare_bottleneck(call)
@@ -262,8 +265,7 @@ def bottleneck(
         *(w.words.data.ptr for w in weights),
         indices.data.ptr,
         bin_counts.data.ptr,
-        *(affine.addresses[0] for affine in affines),
-        *(affine.addresses[1] for affine in affines),
+        channels.data.ptr,
         _meetings.place(call.device) if call.in_place else 0,
     )
     _jit.launch_shared(
@@ -297,19 +299,14 @@ def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
 
 
 def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Template:
-    """struct Bottleneck of kernels/bottleneck.cu; the first fourteen fields are addresses."""
+    """struct Bottleneck of kernels/bottleneck.cu; the first nine fields are addresses."""
     axes = (
-        (
-            call.bcount[axis],
-            call.grid.bsize[axis],
-            call.layer.out_size[axis],
-            plan.tiles[axis],
-            call.layer.pad_before[axis],
-        )
+        (call.bcount[axis], call.grid.bsize[axis], call.layer.out_size[axis], call.layer.pad_before[axis])
         for axis in range(2)
     )
+    tiles = plan.tiles[0] * plan.tiles[1]
     return _jit.Template(
-        14,
+        9,
         [
             *_strides(call.source)[:3],
             *_strides(call.target)[:3],
@@ -317,6 +314,11 @@ def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Tem
             call.rows,
             min(call.source.shape[0], MOST_IMAGES),
             *itertools.chain(*axes),
+            tiles,
+            *division(tiles),
+            *division(plan.tiles[1]),
+            plan.tiles[1],
+            int(call.activates),
             int(call.is_stack),
         ],
     )

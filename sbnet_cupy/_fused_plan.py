@@ -14,10 +14,10 @@ from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
 Pair = tuple[int, int]
 
 #: Threads of a CTA, warps, and rows of a product of a warp, as in kernels/window.cuh and kernels/products.cuh.
-THREADS, WARPS, ROWS = 256, 8, 16
+THREADS, WARPS, ROWS = 512, 16, 16
 
 #: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
-MOST_SUMS = 24
+MOST_SUMS = 8
 
 
 class DeviceLimits(NamedTuple):
@@ -37,7 +37,7 @@ class DeviceLimits(NamedTuple):
 
 
 class WarpLayout(NamedTuple):
-    """How 8 warps share the sums of a product. Mirrored by Warps of kernels/window.cuh."""
+    """How the warps of a CTA share the sums of a product. Mirrored by Warps of kernels/window.cuh."""
 
     #: 16 x 8 sums of a warp.
     m: int
@@ -62,10 +62,9 @@ class WarpLayout(NamedTuple):
         return self.n * self.warps_n * COLUMNS
 
     @property
-    def staged_bytes(self) -> int:
-        """Shared memory for the sums of all warps."""
-        pitch = self.columns + (COLUMNS if self.columns // COLUMNS % 2 == 0 else 0)
-        return self.depth * self.rows * pitch * 4
+    def exchanged_bytes(self) -> int:
+        """Shared memory for the parts of sums that warps exchange."""
+        return WARPS * self.m * self.n * 512 if self.depth > 1 else 0
 
     @property
     def expression(self) -> str:
@@ -85,6 +84,8 @@ class ConvProblem:
     #: Blocks, active or not: the room of the list.
     rows: int
     uses_tensor_cores: bool
+    #: Whether an element-wise step comes before.
+    activates: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
         window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
         window_bytes = window[0] * window[1] * pitch
         for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns):
-            shared = table + max(window_bytes * min(2, packing.chunks), layout.staged_bytes)
+            channels = 8 * layout.columns
+            if problem.activates:
+                channels += 8 * packing.chunk * packing.chunks * packing.lanes
+            shared = table + channels + max(window_bytes * min(2, packing.chunks), layout.exchanged_bytes)
             if shared > limits.cta_shared:
                 continue
             ctas = problem.rows * tiles[0] * tiles[1]
@@ -147,8 +151,9 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
 
 def warp_layouts(row_tiles: int, column_tiles: int) -> Iterator[WarpLayout]:
     """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns."""
-    for warps_m, warps_n in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        if warps_m * warps_n > WARPS or warps_m > row_tiles:
+    powers = [1 << k for k in range(WARPS.bit_length())]
+    for warps_m, warps_n in itertools.product(powers, powers):
+        if warps_m * warps_n > WARPS:
             continue
         m = math.ceil(row_tiles / warps_m)
         for n in (1, 2, 3, 4, 6):
@@ -191,7 +196,8 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
         plan.layout.rows, plan.layout, packing.steps, itemsize, problem.uses_tensor_cores
     )
     load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
-    out = 2 * plan.layout.staged_bytes / _SHARED + plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
+    out = 2 * plan.layout.exchanged_bytes / _SHARED
+    out += plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
     return waves * (_WAITS + together * (product + load + out))
 
 
@@ -222,7 +228,7 @@ class BottleneckPlan:
 
 
 #: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product.
-_PASS_SUMS = 12
+_PASS_SUMS = 4
 
 
 @functools.lru_cache(maxsize=1024)
@@ -250,10 +256,13 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
         if None in layouts:
             continue
         lanes = PIECE_BYTES // problem.itemsize
-        table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem)))
+        table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem))) + 8 * problem.channels + 16 * problem.inner
         middle = halo * pitch_of(problem.inner // lanes)
         window = halo * pitch_of(problem.channels // lanes)
-        shared = table + middle + max(window, *(layout.staged_bytes for layout in layouts))  # type: ignore[union-attr]
+        tile_bytes = pixels * pitch_of(problem.inner // lanes)
+        first, second, _ = layouts
+        later = max(first.exchanged_bytes, second.exchanged_bytes + tile_bytes)  # type: ignore[union-attr]
+        shared = table + middle + max(window, later)
         if shared <= limits.cta_shared:
             tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
             yield BottleneckPlan(tile, tiles, layouts, shared, problem.rows * tiles[0] * tiles[1])  # type: ignore[arg-type]
@@ -281,14 +290,14 @@ def _best_layout(
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
         product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
-        return passes * (product + 2 * layout.staged_bytes / _SHARED + 100)
+        return passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
 
     found = warp_layouts(row_tiles, column_tiles)
     fitting = [
         layout
         for layout in found
         if (most is None and layout.n * layout.warps_n == column_tiles)
-        or (most is not None and layout.m * layout.n <= most)
+        or (most is not None and layout.m * layout.n <= most and layout.depth == 1)
     ]
     return min(fitting, key=clocks, default=None)
 
@@ -303,7 +312,7 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
         passes = problem.channels // layout.columns if number == 2 else 1
         product = product_clocks(layout.rows, layout, steps, itemsize, tensor)
-        clocks += passes * (product + 2 * layout.staged_bytes / _SHARED + 100)
+        clocks += passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
     pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
     share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
     clocks += pixels * problem.channels * itemsize / share

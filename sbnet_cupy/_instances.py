@@ -137,14 +137,18 @@ def pack_instance(products: str) -> Instance:
     return Instance("pack.cu", f"sbnet::pack<{products}>")
 
 
-def products_of(dtype: np.dtype[Any], tensor_cores: bool) -> str:
+def products_of(dtype: np.dtype[Any], tensor_cores: bool, rounds_rows: bool = False) -> str:
     """The C++ policy that multiplies numbers of a dtype."""
-    return f"sbnet::{'TensorCores' if tensor_cores else 'Plain'}<{_SUMMANDS[dtype.name]}>"
+    rounds = ", true" if rounds_rows else ""
+    return f"sbnet::{'TensorCores' if tensor_cores else 'Plain'}<{_SUMMANDS[dtype.name]}{rounds}>"
 
 
-def conv_instance(products: str, layout: tuple[int, int, int, int]) -> Instance:
-    """The fused convolution whose warps share the sums so: see WarpLayout."""
-    return Instance("conv.cu", f"sbnet::conv<{products}, {', '.join(map(str, layout))}>")
+def conv_instance(products: str, layout: str, shape: tuple[int, ...], form: tuple[bool, ...]) -> Instance:
+    """The fused convolution: see ConvShape and ConvForm of kernels/conv.cu."""
+    numbers, flags = ", ".join(map(str, shape)), ", ".join("true" if flag else "false" for flag in form)
+    return Instance(
+        "conv.cu", f"sbnet::conv<{products}, {layout}, sbnet::ConvShape<{numbers}>, sbnet::ConvForm<{flags}>>"
+    )
 
 
 def bottleneck_instance(products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str]) -> Instance:
