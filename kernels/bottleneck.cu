@@ -67,21 +67,49 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
-// The weights of one product, of kSteps steps, from `packed` on.
-template <typename Products, typename Layout, int kSteps>
-struct ProductWeights : WeightStream<Products, Layout::kN> {
-    static constexpr int kStride = kSteps * kWarp;
-
-    __device__ explicit ProductWeights(const StepWords* packed, const Layout& layout = Layout())
-        : WeightStream<Products, Layout::kN>(packed + layout.column / kColumns * kStride, kStride,
-                                             layout.begin(kSteps), layout.end(kSteps)) {}
+template <bool kFirst, typename First, typename Second>
+struct Choice {
+    using Type = First;
+};
+template <typename First, typename Second>
+struct Choice<false, First, Second> {
+    using Type = Second;
 };
 
-// Sums of one product by all warps. Row m begins at `row_at(m)` in `matrix`.
-template <typename Products, typename Layout, int kSteps, typename RowAt>
+// The weights of one product, of kSteps steps: all of them in shared memory (kNear), or each warp's own on their way.
+template <typename Products, typename Layout, int kSteps, bool kNear>
+struct ProductWeights {
+    static constexpr int kStride = kSteps * kWarp;  // from 8 columns to the next 8
+    using Distant = DistantWeights<Products, Layout::kN>;
+    using Near = NearWeights<Products, Layout::kN>;
+
+    typename Choice<kNear, Near, Distant>::Type source;
+
+    __device__ explicit ProductWeights(const StepWords* packed, const Layout& layout = Layout())
+        : source(make(packed + layout.column / kColumns * kStride, layout)) {}
+
+    __device__ static auto make(const StepWords* columns, const Layout& layout) {
+        if constexpr (kNear) {
+            return Near(columns, kStride);
+        } else {
+            return Distant(columns, kStride, layout.begin(kSteps), layout.end(kSteps));
+        }
+    }
+};
+
+// Starts to copy the weights of so many columns to shared memory.
+template <int kAllColumns, int kSteps>
+__device__ inline void start_weights(StepWords* shared, const StepWords* packed) {
+    constexpr int kPieces = kAllColumns / kColumns * kSteps * kWarp;
+#pragma unroll 4
+    for (int k = threadIdx.x; k < kPieces; k += kProductThreads) copy_async<kPieceBytes>(shared + k, packed + k, true);
+}
+
+// Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`.
+template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt>
 __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigned char* matrix, RowAt row_at,
                                const int* offsets, const unsigned char* zeros,
-                               ProductWeights<Products, Layout, kSteps>& weights) {
+                               ProductWeights<Products, Layout, kSteps, kNear>& weights) {
     const Layout layout;
     const unsigned char* rows[Layout::kM][Products::kLaneRows];
 #pragma unroll
@@ -91,7 +119,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    multiply<Products, Layout::kM, Layout::kN>(sums, rows, offsets, zeros, weights, layout.begin(kSteps));
+    Products::run(sums, rows, offsets, zeros, weights.source, layout.begin(kSteps), layout.end(kSteps));
 }
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
@@ -116,9 +144,10 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
     }
 }
 
+// Bit k of kNear tells that the weights of product k are kept in shared memory.
 // Registers: at most 128.
 template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
-          typename Layout2, typename Layout3>
+          typename Layout2, typename Layout3, int kNear>
 __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {
     using T = typename Products::Number;
     constexpr int kLanes = kPiece<T>;
@@ -146,9 +175,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     float* scale1 = reinterpret_cast<float*>(offsets3 + kSteps3 * kStepPieces);
     float *shift1 = scale1 + kC, *scale2 = shift1 + kC, *shift2 = scale2 + kB, *scale3 = shift2 + kB;
     float* shift3 = scale3 + kB;
-    unsigned char* halo_pixels = reinterpret_cast<unsigned char*>(shift3 + kB);
+    constexpr bool kNear1 = (kNear & 1) != 0, kNear2 = (kNear & 2) != 0, kNear3 = (kNear & 4) != 0;
+    StepWords* near1 = reinterpret_cast<StepWords*>(shift3 + kB);
+    StepWords* near2 = near1 + (kNear1 ? kB / kColumns * kSteps1 * kWarp : 0);
+    StepWords* near3 = near2 + (kNear2 ? kB / kColumns * kSteps2 * kWarp : 0);
+    unsigned char* halo_pixels =
+        reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
     unsigned char* window_pixels = halo_pixels + kHalo * kPitchB;
     unsigned char* tile_pixels = window_pixels + Layout2::kExchanged;
+    float* results = reinterpret_cast<float*>(tile_pixels + kPixels * kPitchB);
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
@@ -186,19 +221,30 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const T* source = static_cast<const T*>(b.source);
         const Staged staged{window_pixels};
         staged.template start<true, true>(window, source, 0, kC);
-        if (number == blockIdx.x) {  // on the way with the first window
+        if (number == blockIdx.x) {
 #pragma unroll 1
             for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
                 copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
             }
+            if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
+            commit_async();
+            if constexpr (kNear2) start_weights<kB, kSteps2>(near2, b.weights[1]);
+            commit_async();
+            if constexpr (kNear3) start_weights<kC, kSteps3>(near3, b.weights[2]);
+            commit_async();
+            // While all that is on its way:
             if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
             list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
             list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
             list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
         }
-        ProductWeights<Products, Layout1, kSteps1> weights1(b.weights[0]);
-        wait_async();
-        if (number == blockIdx.x) __syncthreads();  // scales and shifts come from other threads
+        ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0]);
+        if (number == blockIdx.x) {
+            wait_async_groups<2>();
+            __syncthreads();  // scales and shifts come from other threads
+        } else {
+            wait_async();
+        }
         if (Products::kRounds || b.activates) {
             const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, Staged::piece() * kLanes);
             staged.template activate<Products::kRounds>(window, affine);
@@ -209,7 +255,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         {
             const Layout1 layout;
             Sums<Layout1::kM, Layout1::kN> sums;
-            product<Products, Layout1, kSteps1>(
+            product(
                 sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
                 weights1);
             if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
@@ -219,12 +265,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                     [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
             });
         }
-        ProductWeights<Products, Layout2, kSteps2> weights2(b.weights[1]);
+        ProductWeights<Products, Layout2, kSteps2, kNear2> weights2(kNear2 ? near2 : b.weights[1]);
+        if constexpr (kNear2) wait_async_groups<1>();
         __syncthreads();
         {
             const Layout2 layout;
             Sums<Layout2::kM, Layout2::kN> sums;
-            product<Products, Layout2, kSteps2>(
+            product(
                 sums, halo_pixels,
                 [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
                 weights2);
@@ -233,7 +280,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                                                                    [](int) { return true; });
             });
         }
-        ProductWeights<Products, Layout3, kSteps3> weights3(b.weights[2]);
+        ProductWeights<Products, Layout3, kSteps3, kNear3> weights3(kNear3 ? near3 : b.weights[2]);
+        if constexpr (kNear3) wait_async_groups<0>();
         __syncthreads();
 
         const bool stack = b.target_is_stack != 0;
@@ -244,29 +292,26 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const int target_row = static_cast<int>(b.target_strides[1]);
         const int target_column = static_cast<int>(b.target_strides[2]);
         const Layout3 layout;
+        using Results = WarpRows<Layout3, kLanes>;
+        const Results rows(results);
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
             // What is added is asked for before the product.
-            Vec<T, 2> numbers[Layout3::kM][2][Layout3::kN];
-            bool exists[Layout3::kM][2];
+            Vec<T, kLanes> numbers[Results::kTurns];
 #pragma unroll
-            for (int m = 0; m < Layout3::kM; ++m) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int pixel = layout.row_of(m, r), dy = pixel / kTileW, dx = pixel % kTileW;
-                    exists[m][r] = dy < y.size && dx < x.size;
-                    const T* from = residual + (window.offset(dy, dx) + pass + layout.column_of(0));
-#pragma unroll
-                    for (int n = 0; n < Layout3::kN; ++n) {
-                        numbers[m][r][n] = Vec<T, 2>{};
-                        if (exists[m][r]) numbers[m][r][n] = load<Vec<T, 2>>(from + n * kColumns, 0);
-                    }
+            for (int turn = 0; turn < Results::kTurns; ++turn) {
+                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
+                numbers[turn] = Vec<T, kLanes>{};
+                if (rows.exists(turn) && dy < y.size && dx < x.size) {
+                    const int channel = pass + layout.column + rows.column(turn);
+                    numbers[turn] = load<Vec<T, kLanes>>(residual + (window.offset(dy, dx) + channel), 0);
                 }
             }
             Sums<Layout3::kM, Layout3::kN> sums;
-            product<Products, Layout3, kSteps3>(
+            product(
                 sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
-            const int following = pass + Layout3::kAllColumns < kC ? pass + Layout3::kAllColumns : pass;
-            weights3 = ProductWeights<Products, Layout3, kSteps3>(b.weights[2] + following / kColumns * weights3.kStride);
+            const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
+            weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>((kNear3 ? near3 : b.weights[2]) + following);
+            rows.put(sums);
             if (b.meeting != nullptr && pass == 0) {
                 if (threadIdx.x == 0) {
                     wait_for(b.meeting, static_cast<unsigned int>(tiles));
@@ -275,21 +320,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 __syncthreads();
             }
 #pragma unroll
-            for (int m = 0; m < Layout3::kM; ++m) {
+            for (int turn = 0; turn < Results::kTurns; ++turn) {
+                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
+                if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
+                float number[kLanes];
+                rows.get(turn, number);
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int pixel = layout.row_of(m, r), dy = pixel / kTileW, dx = pixel % kTileW;
-                    T* to = target + (dy * target_row + dx * target_column + pass + layout.column_of(0));
-#pragma unroll
-                    for (int n = 0; n < Layout3::kN; ++n) {
-                        float number[2];
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            number[i] = Addition<T>::begin(numbers[m][r][n].lane[i]) + sums.at[m][n][2 * r + i];
-                        }
-                        if (exists[m][r]) store(to + n * kColumns, 0, rounded<T, false>(number));
-                    }
-                }
+                for (int i = 0; i < kLanes; ++i) number[i] += Addition<T>::begin(numbers[turn].lane[i]);
+                const int channel = pass + layout.column + rows.column(turn);
+                store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
             }
         }
         __syncthreads();

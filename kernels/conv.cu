@@ -211,8 +211,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
         Sums<Layout::kM, Layout::kN> sums;
         for (int k = 0; k < chunks; ++k) {
             // Weights are on their way while the window is waited for.
-            WeightStream<Products, Layout::kN> stream(weights + k * Shape::kSteps * kWarp, column_stride,
-                                                      layout.begin(Shape::kSteps), layout.end(Shape::kSteps));
+            const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
+            DistantWeights<Products, Layout::kN> distant(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
             if (Form::kChunks && k + 1 < chunks) {
                 start(k + 1);
                 wait_async_groups<1>();
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
                                  (y * Shape::kStrideH * Shape::kWindowW + x * Shape::kStrideW) * Staged::kPitch;
                 }
             }
-            multiply(sums, rows, offsets, zeros, stream, layout.begin(Shape::kSteps));
+            Products::run(sums, rows, offsets, zeros, distant, begin, end);
             if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
         }
         const bool stack = c.target_is_stack != 0;

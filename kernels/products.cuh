@@ -54,36 +54,54 @@ struct TensorCores {
 
     __device__ static int row_of(int lane, int) { return lane % kRows; }
 
+    // What a lane holds of one step and kN times 8 columns.
     template <int kN>
     struct Weights {
         StepWords words[kN];
 
-        // Of the columns from `first` on, a step further than `step` on each call.
-        __device__ void load(const StepWords* packed, int column_stride, int lane) {
+        template <bool kShared>
+        __device__ void load(const StepWords* packed, int column_stride) {
+            const int lane = threadIdx.x % kWarp;
 #pragma unroll
-            for (int n = 0; n < kN; ++n) words[n] = load_constant(packed + n * column_stride + lane);
+            for (int n = 0; n < kN; ++n) {
+                const StepWords* from = packed + n * column_stride + lane;
+                words[n] = kShared ? *from : load_constant(from);
+            }
         }
     };
 
+    // Adds steps [begin, end).
+    template <int kM, int kN, typename Source>
+    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
+                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end) {
+        for (int k = begin; k < end; k += Source::kAhead) {
+#pragma unroll
+            for (int i = 0; i < Source::kAhead; ++i) {
+                if (k + i >= end) break;
+                step(sums, rows, offsets + (k + i) * kStepPieces, zeros, source.take(i, k + i));
+                source.refill(i);
+            }
+        }
+    }
+
     template <int kM, int kN>
     __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights, int lane) {
+                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights) {
 #pragma unroll
         for (int half = 0; half < kStepPieces; half += 2) {
-            const int offset = offsets[half + lane / kRows];
+            const int offset = offsets[half + threadIdx.x % kWarp / kRows];
             unsigned int a[kM][4];
 #pragma unroll
+            for (int m = 0; m < kM; ++m) load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
+#pragma unroll
             for (int m = 0; m < kM; ++m) {
-                load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
                 if constexpr (kRoundsRows && kRounds) {
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
-                        a[m][k] = __float_as_int(round_tf32(__int_as_float(static_cast<int>(a[m][k]))));
+                        const float number = __int_as_float(static_cast<int>(a[m][k]));
+                        a[m][k] = static_cast<unsigned int>(__float_as_int(round_tf32(number)));
                     }
                 }
-            }
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
                     const StepWords& b = weights.words[n];
@@ -108,16 +126,29 @@ struct Plain {
     struct Weights {
         const StepWords* packed;
         int column_stride;
+        bool shared;
 
-        __device__ void load(const StepWords* step, int stride, int) {
+        template <bool kShared>
+        __device__ void load(const StepWords* step, int stride) {
             packed = step;
             column_stride = stride;
+            shared = kShared;
         }
     };
 
+    template <int kM, int kN, typename Source>
+    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
+                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end) {
+        for (int k = begin; k < end; ++k) {
+            Weights<kN> weights;
+            source.load(weights, k);
+            step(sums, rows, offsets + k * kStepPieces, zeros, weights);
+        }
+    }
+
     template <int kM, int kN>
     __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights, int lane) {
+                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights) {
         using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
         for (int word = 0; word < 4; ++word) {
             StepWords b[kN][2];
@@ -125,8 +156,9 @@ struct Plain {
             for (int n = 0; n < kN; ++n) {
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int column = lane % 4 * 2 + k;
-                    b[n][k] = load_constant(weights.packed + n * weights.column_stride + column * 4 + word);
+                    const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
+                    const StepWords* from = weights.packed + n * weights.column_stride + column * 4 + word;
+                    b[n][k] = weights.shared ? *from : load_constant(from);
                 }
             }
 #pragma unroll
@@ -155,45 +187,54 @@ struct Plain {
     }
 };
 
-// A warp's way through its weights: as many steps ahead as registers allow, because the L2 cache is far away.
+// A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
 template <typename Products, int kN>
-struct WeightStream {
+struct DistantWeights {
     static constexpr int kAhead = kN >= 5 ? 1 : kN >= 3 ? 2 : kN == 2 ? 4 : 6;
+    using Words = typename Products::template Weights<kN>;
 
-    typename Products::template Weights<kN> ahead[kAhead];
-    const StepWords* packed;  // at step 0
-    int column_stride;
-    int next, end;
+    Words ahead[kAhead];
+    const StepWords* packed;  // step 0
+    int column_stride, next, end;
 
-    // Steps [begin, end) of kN times 8 columns, `stride` apart. Asks for the first ones.
-    __device__ WeightStream(const StepWords* columns, int stride, int first, int last)
+    // Steps [first, last) of kN times 8 columns, `stride` apart.
+    __device__ DistantWeights(const StepWords* columns, int stride, int first, int last)
         : packed(columns), column_stride(stride), next(first), end(last) {
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) fetch(ahead[k]);
+        for (int k = 0; k < kAhead; ++k) refill(k);
     }
 
-    __device__ void fetch(typename Products::template Weights<kN>& weights) {
-        if (next >= end) return;
-        weights.load(packed + next * kWarp, column_stride, threadIdx.x % kWarp);
+    // A lane's words of one step and 8 columns lie side by side.
+    __device__ void load(Words& words, int step) const {
+        words.template load<false>(packed + step * kWarp, column_stride);
+    }
+    __device__ const Words& take(int slot, int) const { return ahead[slot]; }
+    __device__ void refill(int slot) {
+        if (next < end) load(ahead[slot], next);
         ++next;
     }
 };
 
-// Adds all steps of a stream to the sums of a warp, of which `begin` is the first.
-template <typename Products, int kM, int kN>
-__device__ inline void multiply(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][Products::kLaneRows],
-                                const int* offsets, const unsigned char* zeros, WeightStream<Products, kN>& stream,
-                                int begin) {
-    constexpr int kAhead = WeightStream<Products, kN>::kAhead;
-    const int lane = threadIdx.x % kWarp;
-    for (int k = begin; k < stream.end; k += kAhead) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (k + i >= stream.end) break;
-            Products::step(sums, rows, offsets + (k + i) * kStepPieces, zeros, stream.ahead[i], lane);
-            stream.fetch(stream.ahead[i]);
-        }
+// A warp's weights in shared memory.
+template <typename Products, int kN>
+struct NearWeights {
+    static constexpr int kAhead = 2;  // steps of one round of the loop
+    using Words = typename Products::template Weights<kN>;
+
+    Words now;
+    const StepWords* packed;
+    int column_stride;
+
+    __device__ NearWeights(const StepWords* columns, int stride) : packed(columns), column_stride(stride) {}
+
+    __device__ void load(Words& words, int step) const {
+        words.template load<true>(packed + step * kWarp, column_stride);
     }
-}
+    __device__ const Words& take(int, int step) {
+        load(now, step);
+        return now;
+    }
+    __device__ void refill(int) {}
+};
 
 }  // namespace sbnet

@@ -183,8 +183,7 @@ __device__ inline void load_matrices(unsigned int (&words)[4], const void* share
     const unsigned int address = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address)
-                 : "memory");
+                 : "r"(address));
 #else
     const unsigned long long address = reinterpret_cast<unsigned long long>(shared);
     const int lane = threadIdx.x % 32;

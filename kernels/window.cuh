@@ -225,4 +225,52 @@ struct Warps {
     __device__ int column_of(int n) const { return column + n * kColumns + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
+// The sums of one warp, laid out by rows, so that a thread can take kLanes neighbouring ones of a row: memory is written
+// fastest in long pieces. Only the warp's own threads use its part of the shared memory.
+template <typename Layout, int kLanes>
+struct WarpRows {
+    static constexpr int kWidth = Layout::kN * kColumns, kHeight = Layout::kM * kRows;
+    // Such that the stores of a warp meet no bank twice.
+    static constexpr int kPitch = kWidth + (Layout::kN % 2 == 0 ? kColumns : 0);
+    static constexpr int kBytes = kProductWarps * kHeight * kPitch * 4;  // of all warps
+    static constexpr int kPieces = kWidth / kLanes, kAll = kHeight * kPieces;
+    static constexpr int kTurns = (kAll + kWarp - 1) / kWarp;
+
+    float* own;
+
+    __device__ explicit WarpRows(float* shared)
+        : own(shared + static_cast<int>(threadIdx.x) / kWarp * kHeight * kPitch) {}
+
+    __device__ void put(const Sums<Layout::kM, Layout::kN>& sums) const {
+        const int lane = threadIdx.x % kWarp;
+        __syncwarp();
+#pragma unroll
+        for (int m = 0; m < Layout::kM; ++m) {
+#pragma unroll
+            for (int n = 0; n < Layout::kN; ++n) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    store_lanes(own, (m * kRows + r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
+                                Vec<float, 2>{{sums.at[m][n][2 * r], sums.at[m][n][2 * r + 1]}});
+                }
+            }
+        }
+        __syncwarp();
+    }
+
+    // What a thread takes at a turn.
+    __device__ static int item(int turn) { return turn * kWarp + static_cast<int>(threadIdx.x) % kWarp; }
+    __device__ static bool exists(int turn) { return kAll % kWarp == 0 || item(turn) < kAll; }
+    __device__ static int row(int turn) { return item(turn) / kPieces; }
+    __device__ static int column(int turn) { return item(turn) % kPieces * kLanes; }
+    __device__ void get(int turn, float (&number)[kLanes]) const {
+#pragma unroll
+        for (int i = 0; i < kLanes; i += 4) {
+            const auto part = load_lanes<float, 4>(own, row(turn) * kPitch + column(turn) + i);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) number[i + k] = part.lane[k];
+        }
+    }
+};
+
 }  // namespace sbnet

@@ -67,6 +67,12 @@ class WarpLayout(NamedTuple):
         return WARPS * self.m * self.n * 512 if self.depth > 1 else 0
 
     @property
+    def result_bytes(self) -> int:
+        """Shared memory in which each warp lays its sums out by rows."""
+        pitch = self.n * COLUMNS + (COLUMNS if self.n % 2 == 0 else 0)
+        return WARPS * self.m * ROWS * pitch * 4
+
+    @property
     def expression(self) -> str:
         """Its C++ type."""
         return f"sbnet::Warps<{self.m}, {self.n}, {self.warps_m}, {self.warps_n}>"
@@ -223,6 +229,8 @@ class BottleneckPlan:
     tile: Pair
     tiles: Pair
     layouts: tuple[WarpLayout, WarpLayout, WarpLayout]
+    #: Bit k tells that the weights of product k are kept in shared memory.
+    near: int
     shared: int
     ctas: int
 
@@ -260,12 +268,21 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
         middle = halo * pitch_of(problem.inner // lanes)
         window = halo * pitch_of(problem.channels // lanes)
         tile_bytes = pixels * pitch_of(problem.inner // lanes)
-        first, second, _ = layouts
-        later = max(first.exchanged_bytes, second.exchanged_bytes + tile_bytes)  # type: ignore[union-attr]
+        first, second, third = layouts
+        later = max(first.exchanged_bytes, second.exchanged_bytes + tile_bytes + third.result_bytes)  # type: ignore[union-attr]
         shared = table + middle + max(window, later)
+        near = 0
+        features = (problem.inner, problem.inner, problem.channels)
+        for number, (count, steps) in enumerate(zip(features, bottleneck_steps(problem))):
+            weights = count // COLUMNS * steps * 512
+            # Where warps share rows only, each would fetch all weights of its columns itself.
+            if layouts[number].warps_m > 1 and shared + weights <= limits.cta_shared:  # type: ignore[union-attr]
+                near |= 1 << number
+                shared += weights
         if shared <= limits.cta_shared:
             tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
-            yield BottleneckPlan(tile, tiles, layouts, shared, problem.rows * tiles[0] * tiles[1])  # type: ignore[arg-type]
+            ctas = problem.rows * tiles[0] * tiles[1]
+            yield BottleneckPlan(tile, tiles, layouts, near, shared, ctas)  # type: ignore[arg-type]
 
 
 def halo_pixels(tile: Pair, ksize: Pair) -> int:
