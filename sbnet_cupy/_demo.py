@@ -13,6 +13,7 @@ import numpy as np
 from ._clock import time_captured
 from ._conv_geometry import Pair
 from ._demo_network import BOTTLENECKS, Blocks, Network
+from ._reduce_mask import block_indices
 
 Array = np.ndarray[Any, Any]
 
@@ -88,9 +89,8 @@ def run(picture: Array, bsize: int, tol: float, xp: Any) -> Outcome:
     x, device_mask = xp.asarray(picture[np.newaxis], np.float32), xp.asarray(mask[np.newaxis])
     network = Network.on(xp)
     blocks = Blocks.of(network, x.shape, tile)
-    _, indices = network.sparse(x, device_mask, blocks, None)
-    capacity = int(indices.bin_counts[0])  # with it, the sparse network does not wait for the device
-
+    # With a capacity, the sparse network does not wait for the device, and can be captured.
+    capacity = int(block_indices(device_mask, blocks.reach).bin_counts[0])
     (dense, (sparse, _)), clock = time_both(
         [lambda: network.dense(x), lambda: network.sparse(x, device_mask, blocks, capacity)], xp
     )
@@ -152,7 +152,7 @@ def time_both(networks: Sequence[Callable[[], Any]], xp: Any) -> tuple[list[Any]
     if xp is np:
         return time_in_turn(networks)
     results, (dense, sparse) = time_captured(xp, networks, rounds=1, repeats=REPLAYS)
-    return results, Clock(dense, sparse, f"medians of {REPLAYS} replays of CUDA graphs in turn, by CUDA events")
+    return results, Clock(dense, sparse, f"CUDA events, median of {REPLAYS} replays of CUDA graphs in turn")
 
 
 def time_in_turn(works: Sequence[Callable[[], Any]]) -> tuple[list[Any], Clock]:
@@ -165,10 +165,10 @@ def time_in_turn(works: Sequence[Callable[[], Any]]) -> tuple[list[Any], Clock]:
             results.append(work())
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
-    warm = seconds[1:]
-    dense, sparse = (statistics.median(samples) for samples in zip(*(warm or seconds)))
-    runs = f"medians of {len(warm)} runs in turn, after a warm-up" if warm else "one run of each"
-    return results, Clock(dense, sparse, f"wall time, {runs}")
+    timed = seconds[1:] or seconds
+    dense, sparse = (statistics.median(samples) for samples in zip(*timed))
+    runs = "one run of each" if len(timed) == 1 else f"medians of {len(timed)} runs in turn"
+    return results, Clock(dense, sparse, f"wall time, {runs}{'' if timed is seconds else ', after a warm-up'}")
 
 
 def to_host(array: Any) -> Array:

@@ -20,7 +20,7 @@ _HUES = [(6, 0, 0), (5, 3, -2), (2, 5, -1), (-1, 6, 1), (-2, 4, 4), (-1, 1, 6), 
 #: Lightens faint features: display values are fractions of the strongest ones to this power.
 _GAMMA = 0.7
 #: Where the sparse network has to equal the dense one.
-_EQUAL = (20, 60, 50)
+_EQUAL = np.array((20, 60, 50), np.uint8)
 _OUTLINE = "#ffb000"
 #: Outlines of more blocks would hide the picture.
 _MOST_OUTLINES = 20_000
@@ -76,9 +76,7 @@ def panels(outcome: Outcome) -> list[tuple[str, Array]]:
     dense, sparse = colour(outcome.dense), colour(outcome.sparse)
     brightest = max(float(np.percentile(sparse.max(axis=2)[outcome.mask], 90)) if outcome.mask.any() else 0.0, 1.0)
     difference = levels(np.abs(dense - sparse), brightest)
-    shaded = np.maximum(
-        difference, np.where(outcome.certain[:, :, np.newaxis], np.array(_EQUAL, np.uint8), np.uint8(0))
-    )
+    shaded = np.maximum(difference, outcome.certain[:, :, np.newaxis] * _EQUAL)
     rows, columns = outcome.tile
     blocks = f"{outcome.active_blocks} of {outcome.active.size}, each {columns} x {rows}"
     return [

@@ -85,7 +85,7 @@ class Network:
             y = res_block_bottleneck(y, weights, allow_tf32=False)
         return y
 
-    def sparse(self, picture: Any, mask: Any, blocks: Blocks, capacity: int | None) -> tuple[Any, BlockIndices]:
+    def sparse(self, picture: Any, mask: Any, blocks: Blocks, capacity: int) -> tuple[Any, BlockIndices]:
         """Features in the active tiles of a picture, 0 elsewhere; and which tiles these are."""
         indices = block_indices(mask, blocks.reach, capacity=capacity)
         y = sparse_conv2d(picture, self.stem, indices, blocks.stem, activation="relu", allow_tf32=False)
