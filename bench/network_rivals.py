@@ -21,6 +21,9 @@ from .stages import Precision
 
 Array = np.ndarray[Any, Any]
 
+#: What PyTorch's batch norm adds to variances: it must not be 0.
+EPSILON = 2.0**-20
+
 EAGER = "PyTorch, channels_last, eager"
 CAPTURED = "PyTorch, channels_last, captured"
 COMPILED = "PyTorch, channels_last, compiled + captured"
@@ -70,13 +73,15 @@ def torch_network(torch: Any, scene: Scene) -> Callable[[Any], Any]:
     if scene.network.kind == "conv":
         return lambda x: functional.conv2d(x, kernels[0], padding=1)
     scales, shifts = ([torch.from_dlpack(a) for a in arrays] for arrays in (scene.scales, scene.shifts))
-    # A batch norm whose statistics are those of numbers that need no normalization.
-    means, variances = ([make(scale) for scale in scales] for make in (torch.zeros_like, torch.ones_like))
+    # A batch norm whose statistics are those of numbers that need no normalization: the variance and the number that is
+    # added to it are exactly 1 together.
+    means = [torch.zeros_like(scale) for scale in scales]
+    variances = [torch.full_like(scale, 1 - EPSILON) for scale in scales]
 
     def forward(x: Any) -> Any:
         inner = x
         for k, kernel in enumerate(kernels):
-            inner = functional.batch_norm(inner, means[k], variances[k], scales[k], shifts[k], False, 0.0, 0.0)
+            inner = functional.batch_norm(inner, means[k], variances[k], scales[k], shifts[k], False, 0.0, EPSILON)
             inner = functional.conv2d(functional.relu(inner), kernel, padding=kernel.shape[2] // 2)
         return x + inner
 

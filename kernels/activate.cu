@@ -1,12 +1,12 @@
-// An element-wise step on a stack: act(x * scale + shift) on pixels inside of the image, 0 on all others and in rows out of
-// use. That is what the next convolution of a dense network would read, the zeros of its padding included.
+// An element-wise step on a stack: act(x * scale + shift) on pixels inside of the image, 0 on all others and in rows
+// out of use. That is what the next convolution of a dense network would read, the zeros of its padding included.
 #include "affine.cuh"
 #include "transfer.cuh"
 
 namespace sbnet {
 
-// Argument of activate. Mirrored, field by field, by _activate.py. Strides are in words of kLanes numbers. The block size is
-// a run-time number here: one kernel serves stacks of any size and whole images.
+// Argument of activate. Mirrored, field by field, by _activate.py. Strides are in words of kLanes numbers. The block
+// size is a run-time number here: one kernel serves stacks of any size and whole images.
 struct Activation {
     const void* source;     // [rows, block_h, block_w, words]
     void* target;           // the same shape; may be the source itself
@@ -50,8 +50,8 @@ __device__ inline Rect<Index> inside_of(const Activation& a, int64 row) {
 // Pixels that a thread loads before it stores the first.
 constexpr int kLoads = 4;
 
-// A CTA takes a slice of the pixels of one row. threadIdx.x counts words of a pixel, so that a thread keeps its channels,
-// and their scales and shifts, in registers; threadIdx.y counts pixels.
+// A CTA takes a slice of the pixels of one row. threadIdx.x counts words of a pixel, so that a thread keeps its
+// channels, and their scales and shifts, in registers; threadIdx.y counts pixels.
 // Registers: at most 128.
 template <typename In, typename Out, int kLanes, typename Index>
 __global__ void __launch_bounds__(kMaxThreads, 2) activate(const Activation a) {

@@ -1,4 +1,5 @@
-// The element-wise step act(x * scale + shift), with a scale and a shift for each channel: a policy of gather and activate.
+// The element-wise step act(x * scale + shift), with a scale and a shift for each channel: a policy of gather and
+// activate.
 #pragma once
 
 #include "combine.cuh"
@@ -16,8 +17,8 @@ struct Affine {
     Wide scale[kLanes], shift[kLanes];
     bool has_scale, has_shift, has_relu;
 
-    // `scales` and `shifts` hold a Wide for each channel and are aligned to 16 bytes, or null where there is no such step;
-    // `channel`, the first of the lanes, is a multiple of kLanes.
+    // `scales` and `shifts` hold a Wide for each channel and are aligned to 16 bytes, or null where there is no such
+    // step; `channel`, the first of the lanes, is a multiple of kLanes.
     __device__ Affine(const void* scales, const void* shifts, bool relu, int64 channel)
         : has_scale(scales != nullptr), has_shift(shifts != nullptr), has_relu(relu) {
         if (has_scale) load_channels(scales, channel, scale);

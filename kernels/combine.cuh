@@ -13,6 +13,7 @@ namespace sbnet {
 template <int kWordBytes>
 struct Overwrite {
     static constexpr bool kAdds = false;
+    static constexpr bool kFewRegisters = true;
     using Word = Raw<kWordBytes>;
 
     Word word;
@@ -62,6 +63,7 @@ struct Addition<__nv_bfloat16> {
 template <typename T, int kLanes>
 struct Sum {
     static constexpr bool kAdds = true;
+    static constexpr bool kFewRegisters = sizeof(T) == 4;
     using Word = Vec<T, kLanes>;
     using Number = Addition<T>;
 

@@ -12,6 +12,7 @@ template <int kWordBytes>
 struct Copy {
     using Word = Raw<kWordBytes>;
     static constexpr int kLoads = kMostLoads<kWordBytes>;
+    static constexpr int kCtas = 3;
 
     __device__ Copy(const Transfer&, int64) {}
     __device__ Word operator()(const Word& word) const { return word; }
@@ -22,6 +23,7 @@ template <typename T, int kLanes>
 struct Activated {
     using Word = Vec<T, kLanes>;
     static constexpr int kLoads = kLanes > 4 ? 4 : 6;  // what registers allow
+    static constexpr int kCtas = 2;
     Affine<T, kLanes> affine;
 
     __device__ Activated(const Transfer& t, int64 channel) : affine(t.scale, t.shift, t.relu != 0, channel * kLanes) {}
@@ -29,9 +31,9 @@ struct Activated {
 };
 
 // Image and stack are contiguous along the same axis (or along none): words go straight through registers.
-// Registers: at most 80.
+// Registers: at most 128.
 template <typename Map, typename Index, Index kBlockH, Index kBlockW, Order kOrder>
-__global__ void __launch_bounds__(kMaxThreads, 3) gather(const Transfer t) {
+__global__ void __launch_bounds__(kMaxThreads, ctas_that_fit(Map::kCtas)) gather(const Transfer t) {
     using Word = typename Map::Word;
     constexpr int kBatch = batch_of(kBlockH, Map::kLoads);
     const Share<Index, kBlockH> share(t);

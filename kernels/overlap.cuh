@@ -1,6 +1,6 @@
 // Blocks that overlap. Each pixel is written once, by the threads of one of the rows that cover it: the last where
-// blocks overwrite, the first where they add. Those find the other rows through the cover map, and add them in the order
-// of the indices: so the result depends on the indices alone, to the bit, and never on which CTA runs first.
+// blocks overwrite, the first where they add. Those find the other rows through the cover map, and add them in the
+// order of the indices: so the result depends on the indices alone, to the bit, and never on which CTA runs first.
 #pragma once
 
 #include "combine.cuh"
@@ -17,8 +17,8 @@ struct Overlap {
         : stride_h(t.height.stride < static_cast<int64>(kBlockH) ? static_cast<Index>(t.height.stride) : kBlockH),
           stride_w(t.width.stride < static_cast<int64>(kBlockW) ? static_cast<Index>(t.width.stride) : kBlockW) {}
 
-    // Whether a block overlaps with none but the 8 around it, and a pixel lies in at most 2 x 2 blocks. A block then has
-    // 3 x 3 zones, of which each pixel is covered by the same blocks.
+    // Whether a block overlaps with none but the 8 around it, and a pixel lies in at most 2 x 2 blocks. A block then
+    // has 3 x 3 zones, of which each pixel is covered by the same blocks.
     __device__ bool is_near() const { return kBlockH - stride_h <= stride_h && kBlockW - stride_w <= stride_w; }
 
     // Which neighbour reaches a row or a column of a near block: the one before (-1), the one after (1), or none (0).
@@ -32,8 +32,8 @@ struct Nearby {
 
     __device__ int at(int dh, int dw) const { return head[3 * (dh + 1) + dw + 1]; }
 
-    // Called by all lanes of a warp for one row. Returns whether no block has twins and the rows come in the order of the
-    // grid, as they do in the result of reduce_mask: then sums need no search for the next row.
+    // Called by all lanes of a warp for one row. Returns whether no block has twins and the rows come in the order of
+    // the grid, as they do in the result of reduce_mask: then sums need no search for the next row.
     template <typename Index>
     __device__ bool load(const Transfer& t, const Cover& cover, const Placement<Index>& at) {
         const int lane = threadIdx.x % kWarp;

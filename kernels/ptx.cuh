@@ -75,8 +75,8 @@ __device__ inline double widen_exact(float a) {
 // Copies of fewer bytes cannot be asynchronous.
 constexpr int kLeastAsyncBytes = 4;
 
-// Copies kBytes (4, 8 or 16) from global to shared memory, or zeros where not `found`, without waiting: wait_async does.
-// Both addresses are multiples of kBytes; where not `found`, nothing is read.
+// Copies kBytes (4, 8 or 16) from global to shared memory, or zeros where not `found`, without waiting: wait_async
+// does. Both addresses are multiples of kBytes; where not `found`, nothing is read.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global, bool found) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "asynchronous copies have 4, 8 or 16 bytes");

@@ -52,7 +52,7 @@ def _launch(source: Any, target: Any, affine: Affine, addresses: tuple[int, int]
     ready = _prepare(spec_of(source), spec_of(target), where, affine.relu)
     affine = affine.aligned()
     argument = ready.argument.at(source.data.ptr, target.data.ptr, *addresses, *affine.addresses)
-    _jit.launch(ready.instance, ready.grid, ready.block, (argument,))
+    _jit.launch(ready.instance, ready.grid, ready.block, argument)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class _Ready:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: tuple[int, int]
-    block: tuple[int, int]
+    grid: _jit.Dim3
+    block: _jit.Dim3
     argument: _jit.Template
 
 
@@ -93,7 +93,10 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
         ],
     )
     return _Ready(
-        activate_instance(source.dtype, target.dtype, lanes, pixels >= _WIDE_PIXELS), (rows, slices), block, argument
+        activate_instance(source.dtype, target.dtype, lanes, pixels >= _WIDE_PIXELS),
+        (rows, slices, 1),
+        (*block, 1),
+        argument,
     )
 
 

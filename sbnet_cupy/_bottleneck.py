@@ -69,7 +69,7 @@ class BottleneckWeights:
             del arrays["scale1"], arrays["shift1"]
         if self.project is None:
             del arrays["project"]
-        array_namespace(**arrays)
+        array_namespace(arrays)
         _check_weights(tuple((name, spec_of(array)) for name, array in arrays.items()))
 
     @property
@@ -159,7 +159,7 @@ def fold_batch_norm(gamma: Any, beta: Any, mean: Any, var: Any, eps: float) -> t
     With CuPy arrays, work runs on the current stream, without synchronisation.
     """
     arrays = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-    array_namespace(**arrays)
+    array_namespace(arrays)
     for name, array in arrays.items():
         check_floating(name, spec_of(array))
         if array.ndim != 1 or array.shape != gamma.shape:
@@ -327,7 +327,7 @@ def _parse(
     """The namespace and the geometry, of arguments that fit together."""
     if not isinstance(weights, BottleneckWeights):
         raise TypeError(f"weights: expected BottleneckWeights, got {type(weights).__name__}")
-    xp = array_namespace(x=x, conv1=weights.conv1, **others, out=out)
+    xp = array_namespace({"x": x, "conv1": weights.conv1, **others}, out)
     project = None if weights.project is None else weights.project.shape[3]
     parsed = parse_strides(strides)
     _check_input(spec_of(x), spec_of(weights.conv1), weights.conv3.shape[3], project, parsed, current_device(xp))

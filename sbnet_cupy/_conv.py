@@ -194,7 +194,7 @@ def _parse(
     """The namespace, the geometry and what follows the convolution, of arguments that fit together."""
     affine = Affine(None, bias, parse_activation(activation))
     named = {"x": x, "w": w, **others, **({} if bias is None else {"bias": bias})}
-    xp = array_namespace(**named)
+    xp = array_namespace(named)
     device = current_device(xp)
     check_weights(spec_of(x), spec_of(w), None if bias is None else spec_of(bias), device)
     layer = make_layer(x.shape[1:3], w.shape[:2], parse_strides(strides), parse_padding(padding))

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from . import _device, _reference
-from ._affine import Affine, check_channels, check_floating, parse_activation
+from ._affine import IDENTITY, Affine, check_channels, check_floating, parse_activation
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Look,
     Reach,
     Spec,
     array_namespace,
@@ -22,9 +23,9 @@ from ._validate import (
     check_place,
     check_separate,
     current_device,
+    look_at,
     output_reach,
     reach_of,
-    spec_of,
     stack_axes,
     stack_shape,
 )
@@ -99,17 +100,20 @@ def sparse_gather(
     The only allocation is the stack, besides copies of `scale` and `shift` where their elements do not lie side by side
     from a multiple of 16 bytes on. The result is bitwise reproducible.
     """
-    affine = Affine(scale, shift, parse_activation(activation))
-    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices, **affine.arrays}
-    xp = array_namespace(out=out, **inputs)
+    inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
+    affine = IDENTITY
+    if not (scale is None and shift is None and activation is None):
+        affine = Affine(scale, shift, parse_activation(activation))
+        inputs.update(affine.arrays)
+    xp = array_namespace(inputs, out)
     grid, transpose = parse_grid(bsize, boffset, bstride), bool(transpose)
-    specs = (spec_of(x), spec_of(bin_counts), spec_of(active_block_indices), affine.spec)
-    given = None if out is None else spec_of(out)
-    call = _prepare(*specs, given, grid, transpose, current_device(xp))
+    looks = (look_at(x), look_at(bin_counts), look_at(active_block_indices), affine.spec)
+    given = None if out is None else look_at(out)
+    call = _prepare(*looks, given, grid, transpose, current_device(xp))
     if out is None:
-        out = xp.empty(call.shape, x.dtype)
+        out = xp.ndarray(call.shape, x.dtype)
         if xp is not np and out.data.ptr % 16:  # from an allocator with other manners than CuPy's
-            call = _prepare(*specs, spec_of(out), grid, transpose, current_device(xp))
+            call = _prepare(*looks, look_at(out), grid, transpose, current_device(xp))
     else:
         check_separate("out", out, call.reach, inputs, call.input_reaches)
     stack = out.transpose(0, 2, 3, 1) if transpose and (xp is np or not call.is_whole) else out
@@ -136,16 +140,17 @@ class _Call:
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    x: Spec,
-    bin_counts: Spec,
-    indices: Spec,
+    image: Look,
+    counts: Look,
+    rows: Look,
     affine: Affine,
-    out: Spec | None,
+    given: Look | None,
     grid: BlockGrid,
     transpose: bool,
     device: int,
 ) -> _Call:
     """Raise unless the arguments fit together, and choose how to do it."""
+    x, bin_counts, indices = Spec(*image), Spec(*counts), Spec(*rows)
     check_image("x", x)
     check_indices(bin_counts, indices)
     if not affine.is_identity:
@@ -153,8 +158,7 @@ def _prepare(
         check_channels("scale", affine.scale, x.dtype, x.shape[3], device)
         check_channels("shift", affine.shift, x.dtype, x.shape[3], device)
     shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
-    if out is None:
-        out = Spec.contiguous(shape, x.dtype, device)
+    out = Spec.contiguous(shape, x.dtype, device) if given is None else Spec(*given)
     check_like("out", out, x.dtype, shape, stack_axes(transpose))
     inputs = {"x": x, "bin_counts": bin_counts, "active_block_indices": indices, **affine.arrays}
     for name, spec in {"out": out, **inputs}.items():

@@ -22,7 +22,7 @@ from ._validate import Spec
 _POOL_THREADS = 256
 _COMPACT_THREADS = 256
 _WARP = 32
-_ROWS = 6
+_ROWS = 9
 
 #: CTAs that pooling should have at least, or strips are made narrower: one for every second multiprocessor of an H200.
 #: More would read a small mask no faster, and leave more words to compact.
@@ -56,22 +56,20 @@ def reduce_mask(
     bin_counts = memory + ready.count_offset
     indices = memory + ready.indices_offset
     waiting = _waiting() if capacity is None else None
-    argument = (
-        ready.argument.at(
-            mask.data.ptr,
-            scratch.ptr,
-            scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
-            indices.ptr,
-            bin_counts.ptr,
-            waiting.count_address if waiting else 0,
-            waiting.arrivals.ptr if waiting and ready.fused else 0,
-        ),
+    argument = ready.argument.at(
+        mask.data.ptr,
+        scratch.ptr,
+        scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
+        indices.ptr,
+        bin_counts.ptr,
+        waiting.count_address if waiting else 0,
+        waiting.arrivals.ptr if waiting and ready.fused else 0,
     )
     _jit.launch(ready.pooling, ready.grid, ready.block, argument)
     if not ready.fused:
         if ready.tile_counts_offset:
-            _jit.launch(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS,), argument)
-        _jit.launch(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS,), argument)
+            _jit.launch(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
+        _jit.launch(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
     rows = capacity if waiting is None else waiting.wait()
     return cupy.ndarray((rows, 3), _INT32, indices), cupy.ndarray((1,), _INT32, bin_counts)
 
@@ -127,11 +125,11 @@ class _Ready:
     """All of a call but the addresses. Made once for calls that look alike."""
 
     pooling: Instance
-    grid: tuple[int]
-    block: tuple[int, int]
+    grid: _jit.Dim3
+    block: _jit.Dim3
     argument: _jit.Template
     fused: bool
-    tiles: tuple[int]
+    tiles: _jit.Dim3
     tile_counts_offset: int  # in scratch; 0 if they are not needed
     scratch_bytes: int  # 0 if it lies in the result
     count_offset: int
@@ -175,11 +173,11 @@ def _prepare(
     ctas = grid_rows * strips.count
     return _Ready(
         pooling=activity_instance(mask.dtype, avgpool, lanes),
-        grid=(ctas,),
-        block=(strips.columns, strips.row_threads),
+        grid=(ctas, 1, 1),
+        block=(strips.columns, strips.row_threads, 1),
         argument=_jit.Template(7, fields),
         fused=capacity is None and words <= _FUSED_WORDS,
-        tiles=(tiles,),
+        tiles=(tiles, 1, 1),
         **_memory(words, tiles, rows),
     )
 

@@ -93,7 +93,7 @@ def reduce_mask(
     pool on return. The result is bitwise reproducible; for average pooling of
     floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.
     """
-    xp = array_namespace(mask=mask)
+    xp = array_namespace({"mask": mask})
     grid = parse_grid(bsize, boffset, bstride)
     blocks, threshold, avgpool, capacity = _parse(bcount, tol, avgpool, capacity)
     spec = _check(spec_of(mask), blocks, current_device(xp))

@@ -12,6 +12,7 @@ import numpy as np
 from . import _device, _reference
 from ._geometry import BlockGrid, parse_grid
 from ._validate import (
+    Look,
     Reach,
     Spec,
     array_namespace,
@@ -23,6 +24,7 @@ from ._validate import (
     check_place,
     check_separate,
     current_device,
+    look_at,
     output_reach,
     reach_of,
     spec_of,
@@ -97,21 +99,21 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 512 rows on a
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows on a
     grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
-    xp = array_namespace(**inputs, x=x, out=out)
+    xp = array_namespace({**inputs, "x": x}, out)
     grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
-    specs, device = tuple(map(spec_of, inputs.values())), current_device(xp)
-    _prepare(*specs, spec_of(x), grid, *flags, device)
+    looks, device = tuple(map(look_at, inputs.values())), current_device(xp)
+    _prepare(*looks, look_at(x), grid, *flags, device)
     if out is None:
         out = x.copy(order="K")
     else:
         _check_out(spec_of(out), spec_of(x), device)
         check_output("out", out, **inputs, x=x)
         xp.copyto(out, x)
-    _run(_prepare(*specs, spec_of(out), grid, *flags, device), xp, inputs, grid, out, flags)
+    _run(_prepare(*looks, look_at(out), grid, *flags, device), xp, inputs, grid, out, flags)
     return out
 
 
@@ -156,10 +158,10 @@ def sparse_scatter_var(
     tensor is allocated or copied.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
-    xp = array_namespace(**inputs, x=x)
+    xp = array_namespace({**inputs, "x": x})
     grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
-    call = _prepare(*map(spec_of, inputs.values()), spec_of(x), grid, *flags, current_device(xp))
-    check_separate("x", x, output_reach("x", call.x), inputs, call.input_reaches)
+    call = _prepare(*map(look_at, inputs.values()), look_at(x), grid, *flags, current_device(xp), True)
+    check_separate("x", x, call.reach, inputs, call.input_reaches)
     _run(call, xp, inputs, grid, x, flags)
     return x
 
@@ -168,24 +170,26 @@ def sparse_scatter_var(
 class _Call:
     """What calls that look alike share."""
 
-    x: Spec
+    reach: Reach  # of x
     input_reaches: tuple[Reach, ...]
     launch: Any  # of kernels/scatter.cu; None on the host, and if no block touches a pixel
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    blocks: Spec,
-    bin_counts: Spec,
-    indices: Spec,
-    x: Spec,
+    stack: Look,
+    counts: Look,
+    rows: Look,
+    image: Look,
     grid: BlockGrid,
     add: bool,
     atomic: bool,
     transpose: bool,
     device: int,
+    in_place: bool = False,
 ) -> _Call:
     """Raise unless the arguments fit together, and choose how to do it."""
+    blocks, bin_counts, indices, x = Spec(*stack), Spec(*counts), Spec(*rows), Spec(*image)
     check_image("x", x)
     check_indices(bin_counts, indices)
     shape = stack_shape(indices.shape[0], x.shape[3], grid, transpose)
@@ -203,7 +207,8 @@ def _prepare(
     launch = None
     if device >= 0:
         launch = _device.transfer().prepare_scatter(x, blocks, indices.strides, grid, add, transpose)
-    return _Call(x, tuple(map(reach_of, inputs.values())), launch)
+    reach = output_reach("x", x) if in_place else reach_of(x)
+    return _Call(reach, tuple(map(reach_of, inputs.values())), launch)
 
 
 def _check_out(out: Spec, x: Spec, device: int) -> None:

@@ -27,7 +27,7 @@ class Arithmetic:
 
     def engine_for(self, w: Any) -> Engine:
         """What convolves with weights `w`."""
-        return choose_engine(self.xp, w.dtype, w.shape[:2], self.engine)
+        return choose_engine(self.xp, w.dtype, w.shape[:2], self.tf32, self.engine)
 
 
 def convolve_image(x: Any, w: Any, layer: Layer, affine: Affine, how: Arithmetic) -> Any:

@@ -25,8 +25,8 @@ class Launch:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
+    grid: _jit.Dim3
+    block: _jit.Dim3
     argument: _jit.Template
     cells: int = 0  # of the cover map; 0 if it is not needed
     activates: bool = False  # whether it computes act(x*scale + shift)
@@ -43,7 +43,7 @@ def prepare_gather(
     activates = plan.walk.order != "tiled" and not affine.is_identity
     instance = gather_instance(plan.walk, grid.bsize, x.dtype if activates else None)
     argument = _argument(plan, x, stack, index_strides, grid, affine)
-    return Launch(instance, plan.grid, plan.block, argument, activates=activates)
+    return Launch(instance, (*plan.grid, 1), (*plan.block, 1, 1), argument, activates=activates)
 
 
 def gather(launch: Launch, x: Any, bin_counts: Any, indices: Any, stack: Any, affine: Affine) -> None:
@@ -53,7 +53,7 @@ def gather(launch: Launch, x: Any, bin_counts: Any, indices: Any, stack: Any, af
         affine = affine.aligned()
         ends = affine.addresses
     argument = launch.argument.at(x.data.ptr, stack.data.ptr, indices.data.ptr, bin_counts.data.ptr, *ends)
-    _jit.launch(launch.instance, launch.grid, launch.block, (argument,))
+    _jit.launch(launch.instance, launch.grid, launch.block, argument)
 
 
 def prepare_scatter(
@@ -64,11 +64,11 @@ def prepare_scatter(
     cells = x.shape[0] * height.count * width.count
     if stack.size == 0 or x.size == 0 or cells == 0:
         return None
-    plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), grid.overlaps)
+    plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), True, grid.overlaps)
     argument = _argument(plan, x, stack, index_strides, grid)
     mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
     instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
-    return Launch(instance, plan.grid, plan.block, argument, cells if mapped else 0)
+    return Launch(instance, (*plan.grid, 1), (*plan.block, 1, 1), argument, cells if mapped else 0)
 
 
 def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, add: bool) -> None:
@@ -79,11 +79,11 @@ def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, 
         # One allocation for both arrays of the cover map; see kernels/cover.cuh.
         cover = cupy.empty(launch.cells + (rows if add else 0), np.int32)
         cover.data.memset_async(0xFF, 4 * launch.cells)
-        arguments = (argument, _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0))
-        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS),), (MAX_THREADS,), arguments)
+        covered = _COVER.at(cover.data.ptr, cover.data.ptr + 4 * launch.cells if add else 0)
+        _jit.launch(cover_instance(add), (math.ceil(rows / MAX_THREADS), 1, 1), (MAX_THREADS, 1, 1), argument, covered)
     else:
-        arguments = (argument, _NO_COVER)
-    _jit.launch(launch.instance, launch.grid, launch.block, arguments)
+        covered = _NO_COVER
+    _jit.launch(launch.instance, launch.grid, launch.block, argument, covered)
 
 
 #: struct Cover of kernels/cover.cuh: nothing but addresses.
@@ -91,13 +91,16 @@ _COVER = _jit.Template(2, [])
 _NO_COVER = _COVER.at(0, 0)
 
 
-def _plan(x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, overlaps: bool = False) -> TransferPlan:
+def _plan(
+    x: Spec, stack: Spec, transpose: bool, word: int = MAX_WORD, scatters: bool = False, overlaps: bool = False
+) -> TransferPlan:
     order = (0, 2, 3, 1) if transpose else (0, 1, 2, 3)
     return plan_transfer(
         Layout(x.misalignment, x.shape, x.strides),
         Layout(stack.misalignment, tuple(stack.shape[k] for k in order), tuple(stack.strides[k] for k in order)),
         x.itemsize,
         word,
+        scatters,
         overlaps,
     )
 

@@ -130,7 +130,7 @@ def tune_block_size(
     the bytes they read and write, at 4.08 TB/s, and that of their multiplications and additions, at the data sheet's
     rate (float32: IEEE). It ranks block sizes; it does not predict the time of another machine.
     """
-    xp = array_namespace(mask=mask)
+    xp = array_namespace({"mask": mask})
     spec = spec_of(mask)
     check_mask("mask", spec)
     check_place("mask", spec, current_device(xp))

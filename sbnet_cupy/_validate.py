@@ -57,33 +57,43 @@ class Spec(NamedTuple):
 
 def spec_of(array: Any) -> Spec:
     """The :class:`Spec` of a NumPy or CuPy array."""
+    return Spec(*look_at(array))
+
+
+#: The fields of a Spec, as a plain tuple.
+Look = tuple[tuple[int, ...], tuple[int, ...], np.dtype[Any], int, int]
+
+
+def look_at(array: Any) -> Look:
+    """The fields of an array's :class:`Spec`: what calls are cached by, since to make the Spec takes as long again."""
     if isinstance(array, np.ndarray):
-        return Spec(array.shape, array.strides, array.dtype, 0, -1)
+        return array.shape, array.strides, array.dtype, 0, -1
     data = array.data
     address = data.ptr
-    # An empty array has no memory, and so lies on every device. (Spec(...) would take three times as long.)
-    fields = (array.shape, array.strides, array.dtype, address % 16, data.device_id if address else -1)
-    return tuple.__new__(Spec, fields)
+    # An empty array has no memory, and so lies on every device.
+    return array.shape, array.strides, array.dtype, address % 16, data.device_id if address else -1
 
 
-def array_namespace(*, out: Any = None, **arrays: Any) -> ModuleType:
+def array_namespace(arrays: dict[str, Any], out: Any = None) -> ModuleType:
     """``numpy`` or ``cupy``, whichever all `arrays`, and `out` if it is given, belong to.
 
     CuPy is looked for among the imported modules: without it, nobody can hold one of its arrays.
     """
-    if out is not None:
-        arrays["out"] = out
     cupy: Any = sys.modules.get("cupy")
-    kinds = set(map(type, arrays.values()))
-    if kinds == {np.ndarray}:
-        return np
     on_device = getattr(cupy, "ndarray", ())
-    if kinds == {on_device}:
-        return cupy  # type: ignore[no-any-return]
+    kinds = set(map(type, arrays.values()))
+    if out is not None:
+        kinds.add(type(out))
+    if len(kinds) == 1:
+        (kind,) = kinds
+        if kind is np.ndarray:
+            return np
+        if kind is on_device:
+            return cupy  # type: ignore[no-any-return]
     # Subclasses, or an error.
     first = ""
     namespace: Any = None
-    for name, array in arrays.items():
+    for name, array in (arrays if out is None else {**arrays, "out": out}).items():
         if isinstance(array, np.ndarray):
             own: Any = np
         elif isinstance(array, on_device):
@@ -213,14 +223,17 @@ def output_reach(name: str, spec: Spec) -> Reach:
 
 def check_separate(name: str, array: Any, reach: Reach, inputs: dict[str, Any], reaches: Sequence[Reach]) -> None:
     """Raise unless `array` can be written and shares no element with `inputs`. What they reach is known already."""
+    if isinstance(array, np.ndarray):
+        if not array.flags.writeable:
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
+        starts = [address_of(value) for value in inputs.values()]
+    else:
+        starts = [value.data.ptr for value in inputs.values()]
     start = address_of(array)
-    low, high = start + reach.low, start + reach.high
-    for (other, value), (other_low, other_high) in zip(inputs.items(), reaches):
-        other_start = address_of(value)
-        if high > other_start + other_low and other_start + other_high > low and _share_memory(array, value):
+    low, high = start + reach[0], start + reach[1]
+    for other, begin, (other_low, other_high) in zip(inputs, starts, reaches):
+        if begin + other_low < high and begin + other_high > low and _share_memory(array, inputs[other]):
             raise ValueError(f"{name}: expected memory of its own, got an array that overlaps {other}")
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        raise ValueError(f"{name}: expected a writable array, got a read-only one")
 
 
 def address_of(array: Any) -> int:

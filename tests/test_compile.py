@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,33 +24,67 @@ from sbnet_cupy._sources import kernel_folder
 #: Instantiations in one program: headers are parsed once for all of them, and threads still share the work.
 GROUP = 40
 
+DTYPES = [
+    np.dtype(name) for name in dict.fromkeys((*_instances.MASK_DTYPES, *_instances.SUM_DTYPES)) if name != "bfloat16"
+]
+DTYPES.append(np.dtype(ml_dtypes.bfloat16))
+
 
 def all_instances() -> list[Instance]:
-    """The size table, the default set, everything for float16, the widest words of every dtype, and 64-bit counting."""
-    half, single = np.dtype(np.float16), np.dtype(np.float32)
-    dtypes = [np.dtype(name) for name in _instances.SUM_DTYPES if name != "bfloat16"]
-    dtypes += [np.dtype(bool), np.dtype(ml_dtypes.bfloat16)]
+    """What users start with, everything for float16, and of each dtype and element size what takes most registers."""
     found = [instance for size in _instances.SIZE_TABLE for instance in _instances.table_instances(size)]
     found += _instances.default_instances()
-    found += _instances.instances_for([(16, 16)], [half])
-    for dtype in dtypes:
-        lanes, *_ = _instances.tile_lanes(dtype.itemsize)
-        word = _instances.max_word(dtype, True)
-        for walk in (Walk("rows", word), Walk("tiled", dtype.itemsize, True, lanes, lanes)):
-            found.append(_instances.scatter_instance(walk, (10, 7), dtype, dtype.kind != "b"))
-        if dtype.kind != "c":
-            found += [
-                _instances.activity_instance(dtype, avgpool, pixels)
-                for avgpool in (False, True)
-                for pixels in _instances.mask_lanes(dtype)
-            ]
-        found += _instances.activate_instances(dtype)
-    found.append(_instances.activate_instance(single, half, 4, True))
-    for walk in _instances.walks_for(single):
-        wide = walk._replace(wide=True)
-        found.append(_instances.gather_instance(wide, (46341, 46341)))
-        found.append(_instances.scatter_instance(wide, (46341, 46341), single, False))
-    return list(dict.fromkeys(found))
+    found += _instances.instances_for([(16, 16)], [np.dtype(np.float16)])
+    for dtype in DTYPES:
+        found += widest_instances(dtype)
+    for itemsize in (1, 2, 4, 8, 16):
+        found += tile_instances(np.dtype(f"V{itemsize}"))
+    return list(dict.fromkeys([*found, *wide_instances()]))
+
+
+def widest_tiles(dtype: np.dtype[Any]) -> tuple[Walk, Walk]:
+    """Both ways to turn, with the most lanes."""
+    channel_lanes, *_ = _instances.channel_lane_counts(dtype.itemsize)
+    pixel_lanes, *_ = _instances.pixel_lane_counts(dtype.itemsize)
+    return (
+        Walk("tiled", dtype.itemsize, True, channel_lanes, pixel_lanes),
+        Walk("tiled", dtype.itemsize, False, channel_lanes),
+    )
+
+
+def widest_instances(dtype: np.dtype[Any]) -> Iterator[Instance]:
+    """The widest words and groups in which blocks of `dtype` are combined with an image, and its widest poolings."""
+    add = dtype.kind != "b"
+    for overlaps in (False, True):
+        straight = Walk("channels", _instances.max_word(dtype, add, overlaps))
+        for walk in (straight, widest_tiles(dtype)[0]):
+            yield _instances.scatter_instance(walk, (10, 7), dtype, add, overlaps)
+    if dtype.kind != "c":
+        lanes, *_ = _instances.mask_lanes(dtype)
+        for avgpool in (False, True):
+            yield _instances.activity_instance(dtype, avgpool, lanes)
+    if dtype.name in _instances.ACTIVATED:
+        yield _instances.gather_instance(Walk("channels", _instances.MAX_WORD), (18, 18), dtype)
+        yield from _instances.activate_instances(dtype)
+
+
+def tile_instances(dtype: np.dtype[Any]) -> Iterator[Instance]:
+    """Tiles of several blocks, whose pixels do not fill pieces, and of parts of a block."""
+    for bsize in ((3, 3), (65, 65)):
+        for walk in (*widest_tiles(dtype), Walk("tiled", dtype.itemsize, True)):
+            yield _instances.gather_instance(walk, bsize)
+            yield _instances.scatter_instance(walk, bsize, dtype, False)
+
+
+def wide_instances() -> Iterator[Instance]:
+    """Blocks of more than 2^31 pixels, whose words are counted in 64 bits."""
+    single, bsize = np.dtype(np.float32), (46341, 46341)
+    yield _instances.activate_instance(single, np.dtype(np.float16), 4, True)
+    for walk in (Walk("channels", 16, wide=True), widest_tiles(single)[0]._replace(wide=True)):
+        yield _instances.gather_instance(walk, bsize)
+        for overlaps in (False, True):
+            for add in (False, True):
+                yield _instances.scatter_instance(walk, bsize, single, add, overlaps)
 
 
 def register_bounds() -> dict[str, int]:
@@ -125,4 +160,7 @@ def test_a_spill_would_be_seen() -> None:
 
 def test_errors_name_file_and_line() -> None:
     with pytest.raises(CompileException, match=r"gather\.cu\(\d+\)|vec\.cuh\(\d+\)"):
-        compile_for("sm_90", [Instance("gather.cu", "sbnet::gather<3, unsigned int, 4, 4, sbnet::Order::kRows>")])
+        compile_for(
+            "sm_90",
+            [Instance("gather.cu", "sbnet::gather<sbnet::Copy<3>, unsigned int, 4, 4, sbnet::Order::kChannels>")],
+        )

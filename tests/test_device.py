@@ -1,4 +1,4 @@
-"""What only a device can show: streams, synchronisation, size, reproducibility. CUDA graphs: test_cuda_graphs.py."""
+"""What only a device can show: streams, synchronisation, size, reproducibility. CUDA graphs: test_graphs.py."""
 
 from __future__ import annotations
 

@@ -33,22 +33,48 @@ def python(code: str, *, root: Path = ROOT, check: bool = True, **environment: s
 
 
 def test_expressions_spell_the_template_arguments() -> None:
-    walk = _instances.Walk("rows", 16)
+    walk = _instances.Walk("channels", 16)
     half = np.dtype(np.float16)
     assert _instances.gather_instance(walk, (18, 20)) == (
         "gather.cu",
-        "sbnet::gather<16, unsigned int, 18, 20, sbnet::Order::kRows>",
+        "sbnet::gather<sbnet::Copy<16>, unsigned int, 18, 20, sbnet::Order::kChannels>",
     )
-    assert _instances.max_word(half, True) == 8
+    assert _instances.gather_instance(_instances.Walk("columns", 2), (3, 4)).expression == (
+        "sbnet::gather<sbnet::Copy<2>, unsigned int, 3, 4, sbnet::Order::kColumns>"
+    )
     assert _instances.scatter_instance(walk, (16, 16), half, True) == (
         "scatter.cu",
-        "sbnet::scatter<sbnet::Sum<__half, 8>, unsigned int, 16, 16, sbnet::Order::kRows>",
+        "sbnet::scatter<sbnet::Sum<__half, 8>, unsigned int, 16, 16, sbnet::Order::kChannels, false>",
     )
-    tiled = _instances.Walk("tiled", 8, True, image_lanes=2, stack_lanes=1, wide=True)
-    assert _instances.scatter_instance(tiled, (3, 4), np.dtype(np.complex64), True) == (
+    assert _instances.scatter_instance(walk, (16, 16), half, False, overlaps=True).expression == (
+        "sbnet::scatter<sbnet::Overwrite<16>, unsigned int, 16, 16, sbnet::Order::kChannels, true>"
+    )
+    tiled = _instances.Walk("tiled", 8, True, channel_lanes=2, pixel_lanes=1, wide=True)
+    assert _instances.gather_instance(tiled, (3, 4)) == (
+        "gather.cu",
+        "sbnet::gather_tiled<8, unsigned long long, 3, 4, true, 2, 1>",
+    )
+    assert _instances.scatter_instance(tiled, (3, 4), np.dtype(np.complex64), True, overlaps=True) == (
         "scatter.cu",
-        "sbnet::scatter_tiled<sbnet::Sum<float, 2>, unsigned long long, 3, 4, true, 2, 1>",
+        "sbnet::scatter_tiled<sbnet::Sum<float, 2>, unsigned long long, 3, 4, true, 2, 1, true>",
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "overlapping"),
+    [("int8", 4, 4), ("float16", 16, 8), ("float32", 16, 16), ("complex64", 16, 16), ("complex128", 16, 16)],
+)
+def test_words_are_as_wide_as_registers_allow(dtype: str, apart: int, overlapping: int) -> None:
+    for overlaps, widest in ((False, apart), (True, overlapping)):
+        assert _instances.max_word(np.dtype(dtype), True, overlaps) == widest
+        assert _instances.max_word(np.dtype(dtype), False, overlaps) == 16
+
+
+def test_lanes_are_16_or_4_bytes_or_single() -> None:
+    channels = {size: _instances.channel_lane_counts(size) for size in (1, 2, 4, 8, 16)}
+    assert channels == {1: (16, 4, 1), 2: (8, 2, 1), 4: (4, 1), 8: (2, 1), 16: (1,)}
+    pixels = {size: _instances.pixel_lane_counts(size) for size in (1, 2, 4, 8, 16)}
+    assert pixels == {1: (16, 1), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1,)}
 
 
 def test_size_table_is_that_of_the_original() -> None:
@@ -59,11 +85,20 @@ def test_size_table_is_that_of_the_original() -> None:
 def test_precompile_names_everything_a_dtype_can_need() -> None:
     found = {i.expression for i in _instances.instances_for([(5, 6)], [np.dtype(np.float16)])}
     for word in (2, 4, 8, 16):
-        assert f"sbnet::gather<{word}, unsigned int, 5, 6, sbnet::Order::kRows>" in found
-        added = f"sbnet::scatter<sbnet::Sum<__half, {word // 2}>, unsigned int, 5, 6, sbnet::Order::kRows>"
-        assert (added in found) == (word <= 8)
+        where = "unsigned int, 5, 6, sbnet::Order::kChannels"
+        assert f"sbnet::gather<sbnet::Copy<{word}>, {where}>" in found
+        for overlaps, widest in (("false", 16), ("true", 8)):
+            assert f"sbnet::scatter<sbnet::Overwrite<{word}>, {where}, {overlaps}>" in found
+            added = f"sbnet::scatter<sbnet::Sum<__half, {word // 2}>, {where}, {overlaps}>"
+            assert (added in found) == (word <= widest)
+    assert "sbnet::gather<sbnet::Copy<2>, unsigned int, 5, 6, sbnet::Order::kColumns>" in found
     assert "sbnet::block_activity<__half, sbnet::AveragePool, 8>" in found
-    assert "sbnet::gather_tiled<2, unsigned int, 5, 6, false, 1, 8>" in found
+    for channel_lanes in (1, 2, 8):
+        assert f"sbnet::gather_tiled<2, unsigned int, 5, 6, false, {channel_lanes}, 1>" in found
+        for pixel_lanes in (1, 8):
+            lanes = f"true, {channel_lanes}, {pixel_lanes}"
+            assert f"sbnet::gather_tiled<2, unsigned int, 5, 6, {lanes}>" in found
+            assert f"sbnet::scatter_tiled<sbnet::Sum<__half, 1>, unsigned int, 5, 6, {lanes}, true>" in found
 
 
 @pytest.mark.parametrize(
@@ -188,8 +223,8 @@ def test_a_broken_kernel_fails_at_first_use_with_file_and_line(tmp_path: Path) -
     shutil.copytree(kernel_folder(), tmp_path / "kernels")
     broken = tmp_path / "kernels" / "gather.cu"
     lines = broken.read_text().splitlines()
-    line = next(k for k, text in enumerate(lines) if "const int64 row =" in text)
-    lines[line] = "    const int64 row = no_such_name;"
+    line = next(k for k, text in enumerate(lines) if "const Placement<Index> at =" in text)
+    lines[line] = "    const Placement<Index> at = no_such_name;"
     broken.write_text("\n".join(lines) + "\n")
     code = """
 import sbnet_cupy, cupy
@@ -220,7 +255,7 @@ print(sbnet_cupy.sparse_gather(x, counts, indices, bsize=(8, 8), bstride=(8, 8))
     assert float(python(code, root=tmp_path, **environment).stdout) == 256
     header = tmp_path / "kernels" / "transfer.cuh"
     text = header.read_text()
-    changed = text.replace("row < count && n >= 0", "row + 1 < count && n >= 0")
+    changed = text.replace("row < count && n < t.batch", "row + 1 < count && n < t.batch")
     assert changed != text
     header.write_text(changed)
     assert float(python(code, root=tmp_path, **environment).stdout) == 0

@@ -282,7 +282,7 @@ def test_the_engine_can_be_named(monkeypatch: pytest.MonkeyPatch, device: Any) -
         monkeypatch.delenv("SBNET_CUPY_CONV", raising=False)
         if environment:
             monkeypatch.setenv("SBNET_CUPY_CONV", environment)
-        found = choose_engine(device, np.dtype(np.float32), (3, 3), argument)
+        found = choose_engine(device, np.dtype(np.float32), (3, 3), engine=argument)
         assert found.__name__ == f"sbnet_cupy._stack_conv_{expected}"  # type: ignore[attr-defined]
     monkeypatch.setenv("SBNET_CUPY_CONV", "cudn")
     with pytest.raises(ValueError, match=r"^SBNET_CUPY_CONV: expected one of auto, cublas, cudnn, got 'cudn'"):

@@ -74,10 +74,10 @@ def test_the_goal_cases() -> None:
         return _pooling._prepare(spec, bcount, BlockGrid((18, 18), (-1, -1), (16, 16)), 0.5, False, capacity)
 
     large = ready((8, 2048, 2048), (128, 128), 131072)
-    assert (large.grid, large.block, large.tiles) == ((8 * 128 * 9,), (64, 3), (288,))
+    assert (large.grid, large.block, large.tiles) == ((8 * 128 * 5, 1, 1), (128, 2, 1), (160, 1, 1))
     assert large.block[1] * _pooling._ROWS == 18
     small = ready((1, 400, 700), (25, 44), 1100)
-    assert (small.grid, small.block, small.tiles) == ((75,), (64, 3), (10,))
+    assert (small.grid, small.block, small.tiles) == ((75, 1, 1), (64, 2, 1), (10, 1, 1))
     assert not small.fused
     assert ready((1, 400, 700), (25, 44), None).fused
 

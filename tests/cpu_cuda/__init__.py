@@ -55,6 +55,9 @@ ORDERS = (
 #: Host code of the device.
 _HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas")
 
+#: Modules that keep what the host code has prepared for calls.
+_CALLERS = ("_gather", "_scatter")
+
 #: Kernels that are compiled as one library, at most: enough to share the headers, few enough to share the cores.
 _GROUP = 10
 
@@ -74,8 +77,9 @@ def device(order: Order = ORDERS[0], kernels: Path | None = None) -> Iterator[An
         patch.setattr(compiler, "order", order)
         patch.setattr(_jit, "kernel_folder", lambda: folder)
         patch.setattr(_jit, "_kernels", _loaded.setdefault(folder, {}))
-        modules = [importlib.import_module(f"sbnet_cupy.{name}") for name in _HOST_MODULES]
-        for module in modules:
+        patch.setattr(_jit, "DirectKernel", lambda kernel: kernel)  # there is no driver
+        modules = [importlib.import_module(f"sbnet_cupy.{name}") for name in _HOST_MODULES + _CALLERS]
+        for module in modules[: len(_HOST_MODULES)]:
             patch.setattr(module, "cupy", standin, raising=False)
             for name in {"_per_thread"} & vars(module).keys():  # memory of one of the two
                 patch.setattr(module, name, threading.local())

@@ -18,16 +18,29 @@ import sbnet_cupy
 from sbnet_cupy import _device, _instances, _plan, _reference
 from sbnet_cupy._affine import Affine
 from sbnet_cupy._geometry import BlockGrid
-from sbnet_cupy._instances import Instance
+from sbnet_cupy._instances import Instance, channel_lane_counts
 
 from . import KernelFault, Order, device, guarded, recording, standin
 
 #: Few, since each is compiled for every word and order.
 BLOCK_SIZES = ((3, 3), (4, 7), (5, 2))
 
+FLOAT32 = np.dtype(np.float32)
+
 #: What a call changes in the host code, as (dotted name, value): smaller bounds, for instance, so that a small
 #: case does what a large one would.
 Patches = tuple[tuple[str, Any], ...]
+
+
+#: Small cases are to do what large ones do: to turn in tiles, though they have few channels; to share CTAs, though they
+#: have few rows; and to share out the rows of a block.
+LIKE_LARGE: Patches = (
+    ("sbnet_cupy._plan._GATHER_TILED_CHANNELS", 4),
+    ("sbnet_cupy._plan._GATHER_TILED_CHANNELS_NCHW", 4),
+    ("sbnet_cupy._plan._SCATTER_TILED_CHANNELS", 4),
+    ("sbnet_cupy._plan.LISTED_ROWS", 1),
+    ("sbnet_cupy._plan._LEAST_LINES", 6),
+)
 
 
 class Difference(Exception):
@@ -52,7 +65,7 @@ class Call:
     @contextmanager
     def patched(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in self.patches:
+            for name, value in LIKE_LARGE + self.patches:
                 patch.setattr(name, value)
             yield
 
@@ -139,12 +152,14 @@ def activate_call(case: Case, name: str, source: str | None = None, image: bool 
 
 def affine_gather_call(case: Case, name: str) -> Call:
     def run(xp: Any) -> list[Any]:
-        x, _, bin_counts, indices = case.arrays(_close(xp))
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
         rng = np.random.default_rng(0)
-        scale, shift = (xp.asarray(_values(rng, (case.x.shape[3],), np.dtype(np.float32))) for _ in range(2))
+        wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+        scale, shift = (xp.asarray(_values(rng, (case.x.shape[3],), wide)) for _ in range(2))
         how: dict[str, Any] = {**case.grid, "transpose": case.transpose, "activation": "relu"}
-        with guarded(xp, (x, bin_counts, indices, scale, shift)):
-            return [sbnet_cupy.sparse_gather(x, bin_counts, indices, **how, scale=scale, shift=shift)]
+        with guarded(xp, (x, bin_counts, indices, scale, shift), blocks):
+            sbnet_cupy.sparse_gather(x, bin_counts, indices, **how, scale=scale, shift=shift, out=blocks)
+        return [blocks]
 
     return Call(f"affine-gather-{name}", run, nan_payloads=False)
 
@@ -175,16 +190,17 @@ def random_case(
     rows: int = 45,
     size: tuple[int, int] = (10, 13),
     bstride: tuple[int, int] | None = None,
+    overlaps: bool | None = None,
     rows_are: str = "random",
 ) -> Case:
     """A small batch with blocks over every edge, neighbours, equal blocks, hostile indices and rows out of use.
 
     Or if its rows are "ascending", about half of all blocks of the grid, as they come from ``reduce_mask``; or those
-    "shuffled".
+    "shuffled". Unless told, blocks overlap or do not.
     """
     rng = np.random.default_rng(seed)
     bsize = bsize or BLOCK_SIZES[seed % len(BLOCK_SIZES)]
-    bstride = bstride or (int(rng.integers(max(1, bsize[0] // 2), bsize[0] + 2)), int(rng.integers(1, bsize[1] + 2)))
+    bstride = bstride or _draw_stride(rng, bsize, overlaps)
     boffset = (int(rng.integers(-bsize[0], 3)), int(rng.integers(-bsize[1], 3)))
     last = [(extent - offset) // stride + 1 for extent, offset, stride in zip(size, boffset, bstride)]
     indices = rng.integers((-1, -1, -1), (3, last[0] + 1, last[1] + 1), (rows, 3)).astype(np.int32)
@@ -194,8 +210,12 @@ def random_case(
         rows = len(indices)
     elif rows:
         indices[rng.integers(0, rows, 3)] = indices[rng.integers(0, rows, 3)]
-        indices[rng.integers(0, rows, 2)] = rng.choice([INT32.min, -(2**30), 0, 2**30, INT32.max], (2, 3))
-        indices[-3] = [1, last[0] // 2, last[1] // 2]  # the first row out of use, where there are such
+        hostile, extremes = rng.permutation(rows)[:4], [INT32.min, -(2**30), 2**30, INT32.max]
+        indices[hostile] = rng.choice([*extremes, 0], (4, 3))
+        indices[hostile[2]] = 1, rng.choice(extremes), 0  # and one of the numbers alone
+        indices[hostile[3]] = 1, 0, rng.choice(extremes)
+        # The first row out of use, where there are such; else the last in use.
+        indices[-3 if seed % 3 == 0 else -1] = [1, last[0] // 2, last[1] // 2]
     return Case(
         x=_values(rng, (2, *size, channels), dtype),
         stack=_values(rng, (rows, *bsize, channels), dtype),
@@ -207,6 +227,15 @@ def random_case(
         transpose=transpose,
         layouts=layouts,
     )
+
+
+def _draw_stride(rng: np.random.Generator, bsize: tuple[int, int], overlaps: bool | None) -> tuple[int, int]:
+    height, width = bsize
+    if overlaps is None:
+        return int(rng.integers(max(1, height // 2), height + 2)), int(rng.integers(1, width + 2))
+    if overlaps:  # down or across, or both
+        return int(rng.integers(max(1, height // 2), height + 1)), int(rng.integers(1, width))
+    return int(rng.integers(height, height + 2)), int(rng.integers(width, width + 2))
 
 
 def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -259,9 +288,9 @@ _Walk = tuple[bool, tuple[str, str], int, tuple[int, int] | None]
 #: Of each element size, the dtype that goes all ways. For copies, others of the size are the same.
 _SIZES = ("uint8", "float16", "float32", "float64", "complex128")
 
-#: Channels, and pixels of a block, that so many lanes divide, but no more.
+#: Channels that so many lanes divide, but no more; none of those, and blocks whose pixels fill 16 bytes or do not.
 _CHANNELS = {1: 9, 2: 10, 4: 12, 8: 8, 16: 16}
-_PIXELS = {1: (3, 3), 2: (2, 3), 4: (4, 3), 8: (2, 4), 16: (4, 4)}
+_EVEN, _ODD = (4, 4), (3, 3)
 
 
 def _walks(itemsize: int) -> tuple[list[_Walk], list[_Walk]]:
@@ -270,9 +299,13 @@ def _walks(itemsize: int) -> tuple[list[_Walk], list[_Walk]]:
     straight += [(False, ("reversed", "nhwc"), channels, None) for channels in (2, 3, 4, 8, 16)]
     straight += [(True, ("nchw", "nhwc"), 3, None), (False, ("sliced", "nhwc"), 8, None)]
     straight += [(False, ("nhwc", "reversed"), 1, None), (True, ("strided", "misaligned"), 2, None)]
-    lanes = sorted({max(1, size // itemsize) for size in (1, 8, 16)})
-    turned: list[_Walk] = [(False, ("nchw", "nhwc"), _CHANNELS[n], None) for n in lanes]
-    turned += [(True, ("nhwc", "nhwc"), _CHANNELS[n], _PIXELS[m]) for n in lanes for m in lanes]
+    turned: list[_Walk] = []
+    for lanes in channel_lane_counts(itemsize):
+        channels = _CHANNELS[lanes]
+        turned.append((False, ("nchw", "nhwc"), channels, None))
+        turned.append((True, ("nhwc", "nhwc"), channels, _EVEN))
+        # Groups of pixels that reach into the next channel; and a stack with gaps, which is moved pixel by pixel.
+        turned += [(True, ("nhwc", layout), channels, _ODD) for layout in ("nhwc", "sliced")]
     return straight, turned
 
 
@@ -281,19 +314,30 @@ def walk_calls() -> list[Call]:
     calls = []
     for number, dtype in enumerate(DTYPES):
         straight, turned = _walks(dtype.itemsize)
-        some_tile = len(turned) - 1 - number % sum(transpose for transpose, *_ in turned)
+        some_tile = number % len(turned)
         for walk, (transpose, layouts, channels, bsize) in enumerate(straight + turned):
-            case = random_case(
-                100 * number + walk, dtype, channels, transpose=transpose, layouts=layouts, bsize=bsize, rows=30
-            )
-            name, sampled = f"{dtype}-{walk}", walk % 8 == number % 8
-            if dtype.name in _SIZES or sampled:
-                calls += [gather_call(case, name), scatter_call(case, name, add=False)]
+            sampled = walk % 8 == number % 8
             # Sums take long to compile. Signed integers are added as unsigned ones, and of tiles, a few will do.
             tile = walk - len(straight)
             thorough = dtype.kind not in "bi" and (tile <= 0 or tile == some_tile)
-            if thorough or (sampled and dtype.kind != "b"):
-                calls.append(scatter_call(case, name, add=True))
+            for overlaps in (False, True):
+                case = random_case(
+                    100 * number + walk,
+                    dtype,
+                    channels,
+                    transpose=transpose,
+                    layouts=layouts,
+                    bsize=bsize,
+                    rows=30,
+                    overlaps=overlaps,
+                )
+                name = f"{dtype}-{walk}-{'overlapping' if overlaps else 'apart'}"
+                if dtype.name in _SIZES or sampled:
+                    calls += [scatter_call(case, name, add=False)]
+                    if overlaps == bool(walk % 2):
+                        calls += [gather_call(case, name)]
+                if thorough or (sampled and dtype.kind != "b"):
+                    calls.append(scatter_call(case, name, add=True))
     return calls
 
 
@@ -303,7 +347,9 @@ def _count_in_64_bits(*arguments: Any) -> _plan.TransferPlan:
     return replace(plan, walk=plan.walk._replace(wide=True))
 
 
-FEW_CTAS: Patches = (("sbnet_cupy._plan._ENOUGH_CTAS", 1),)
+#: One CTA for all columns or tiles of a row, so that its threads take several.
+FEW_CTAS: Patches = (("sbnet_cupy._plan._ENOUGH_CTAS", 1), ("sbnet_cupy._plan._MOST_CTAS", 1))
+BY_MAP: Patches = (("sbnet_cupy._transfer.LISTED_ROWS", 0),)
 WIDE: Patches = (("sbnet_cupy._transfer.plan_transfer", _count_in_64_bits),)
 
 
@@ -316,14 +362,17 @@ def transfer_calls(case: Case, name: str, patches: Patches = ()) -> list[Call]:
 
 
 def overlap_calls(add: bool, transpose: bool, bsize: tuple[int, int] = (4, 7)) -> list[Call]:
-    """Scatter where blocks share no pixel but those of equal blocks, few, or many; and in the grid's order or not."""
+    """Scatter where blocks share no pixel but those of equal blocks, few, or many; and in the grid's order or not.
+
+    "near" blocks have all 3 x 3 zones, "half" ones no zone in the middle, and "far" ones reach beyond their neighbours.
+    """
     strides = {"apart": (6, 8), "beside": bsize, "near": (3, 5), "near-down": (3, 7), "half": (2, 4), "far": (1, 2)}
     calls = []
     for seed, (name, bstride) in enumerate(strides.items()):
         for rows_are in ("random", "ascending", "shuffled"):
             case = random_case(
                 seed,
-                np.dtype(np.float32),
+                FLOAT32,
                 9 if transpose else 3,
                 transpose=transpose,
                 bsize=bsize,
@@ -335,26 +384,83 @@ def overlap_calls(add: bool, transpose: bool, bsize: tuple[int, int] = (4, 7)) -
     return calls
 
 
+#: Of each way to walk: transpose, and the layouts of image and stack.
+_ORDERS: dict[str, tuple[bool, tuple[str, str]]] = {
+    "direct": (False, ("nhwc", "nhwc")),
+    "columns": (True, ("nchw", "nhwc")),
+    "tiled": (True, ("nhwc", "nhwc")),
+    "back": (False, ("nchw", "nhwc")),
+}
+
+
+def large_cases(order: str, dtype: np.dtype[Any] = FLOAT32) -> dict[str, tuple[Case, Patches]]:
+    """What takes more than one of something: CTAs, columns, lines, tiles, parts of a block, or blocks in a tile."""
+    transpose, layouts = _ORDERS[order]
+    make = functools.partial(random_case, dtype=dtype, transpose=transpose, layouts=layouts)
+    found: dict[str, tuple[Case, Patches]] = {}
+    for seed, overlaps in ((1, False), (2, True)):
+        how = "overlapping" if overlaps else "apart"
+        # Several CTAs along a block, whose lines they share; the same with one CTA. The last tile has few channels.
+        several = make(seed, channels=70, bsize=(8, 8), size=(20, 23), overlaps=overlaps)
+        found[f"several-ctas-{how}"] = several, ()
+        found[f"few-ctas-{how}"] = several, FEW_CTAS
+        # Several rows in a CTA with threads to spare, and several blocks in a tile, but fewer in the last.
+        found[f"several-rows-{how}"] = make(seed, channels=5, bsize=(6, 12), size=(20, 40), overlaps=overlaps), ()
+        # More pixels than a tile holds, and lines that CTAs do not share evenly.
+        large = make(seed, channels=36, bsize=(23, 20), rows=25, size=(60, 50), overlaps=overlaps)
+        found[f"parts-{how}"] = large, ()
+        found[f"parts-few-ctas-{how}"] = large, FEW_CTAS
+        odd = make(seed, channels=8, bsize=(19, 19), rows=25, size=(50, 50), overlaps=overlaps)
+        found[f"odd-parts-{how}"] = odd, ()
+        found[f"wide-{how}"] = make(seed, channels=9, bsize=(3, 3), overlaps=overlaps), WIDE
+    zones = make(5, channels=70, bsize=(8, 8), size=(22, 23), bstride=(5, 6), rows_are="ascending")
+    found["zones-overlapping"] = zones, ()
+    found["zones-few-ctas-overlapping"] = zones, FEW_CTAS
+    for name, bstride in (("near", (3, 5)), ("far", (1, 2))):
+        ordered = make(4, channels=5, bsize=(4, 7), bstride=bstride, rows_are="shuffled")
+        found[f"ends-{name}-overlapping"] = _at_the_ends(ordered), ()
+    return found
+
+
+def _at_the_ends(case: Case) -> Case:
+    """Half of a case's blocks, with indices such that none can follow them down, and none come before them across."""
+    _, down, across = case.indices.max(axis=0) // 2
+    kept = (case.indices[:, 1] <= down) & (case.indices[:, 2] >= across)
+    shift = INT32.max - int(down), INT32.min - int(across)
+    boffset = tuple(offset - k * stride for offset, k, stride in zip(case.boffset, shift, case.bstride))
+    indices = (case.indices[kept].astype(np.int64) + np.array([0, *shift])).astype(np.int32)
+    return replace(case, indices=indices, stack=case.stack[kept], boffset=boffset)
+
+
+def twin_cases(order: str) -> dict[str, tuple[Case, Patches]]:
+    """Equal blocks, found in the list of rows or in the map, alone in a CTA or many; some of their rows out of use."""
+    transpose, layouts = _ORDERS[order]
+    make = functools.partial(random_case, dtype=FLOAT32, transpose=transpose, layouts=layouts)
+    apart: dict[str, Any] = {"bsize": (14, 13), "bstride": (14, 13), "size": (20, 30)}
+    small: dict[str, Any] = {"bsize": (2, 2), "size": (5, 6), "channels": 4, "rows": 600}
+    return {
+        "twins-by-list-apart": (make(0, channels=70, rows=60, **apart), ()),
+        "twins-by-map-apart": (make(0, channels=70, rows=60, **apart), BY_MAP),
+        "twins-by-long-list-apart": (make(3, channels=44, rows=300, **apart), ()),
+        "many-twins-apart": (make(9, bstride=(2, 2), **small), ()),
+        "many-twins-overlapping": (make(9, bstride=(1, 2), **small), ()),
+    }
+
+
 def large_calls() -> list[Call]:
-    """Several CTAs for a block, or several words, tiles and rows for a CTA; 64-bit counting; nothing at all."""
-    float32 = np.dtype(np.float32)
+    """Beyond one CTA, tile or row; overlaps and repeated blocks of all kinds; nothing at all."""
     calls = []
+    for order in _ORDERS:
+        for name, (case, patches) in {**large_cases(order), **twin_cases(order)}.items():
+            calls += transfer_calls(case, f"{name}-{order}", patches)
+    for name, (case, patches) in large_cases("tiled", np.dtype(np.float16)).items():
+        calls.append(gather_call(case, f"{name}-tiled-half", patches))
     for transpose in (False, True):
-        across = "tiled" if transpose else "direct"
-        for channels in (40, 70):
-            case = random_case(channels, float32, channels, transpose=transpose, bsize=(8, 8), rows=12)
-            calls += transfer_calls(case, f"several-ctas-{across}-{channels}")
-            calls += transfer_calls(case, f"few-ctas-{across}-{channels}", FEW_CTAS)
-        case = random_case(7, float32, 9, transpose=transpose)
-        calls += transfer_calls(case, f"wide-{across}", WIDE)
         calls += overlap_calls(False, transpose) + overlap_calls(True, transpose)
-    for bstride in ((2, 2), (1, 2)):
-        case = random_case(8, float32, 1, bsize=(2, 2), rows=600, size=(5, 6), bstride=bstride)
-        calls += transfer_calls(case, f"many-equal-blocks-{bstride[0]}")
-    calls += transfer_calls(random_case(9, float32, 1, bsize=(1, 1), rows=40), "many-rows-in-a-cta")
+    calls += transfer_calls(random_case(9, FLOAT32, 1, bsize=(1, 1), rows=40), "many-rows-in-a-cta")
     for name, part in (("no-rows", {"rows": 0}), ("no-channels", {"channels": 0}), ("no-pixels", {"size": (0, 5)})):
         arguments: dict[str, Any] = {"channels": 4, **part}
-        calls += transfer_calls(random_case(10, float32, **arguments), name)
+        calls += transfer_calls(random_case(10, FLOAT32, **arguments), name)
     return calls
 
 
@@ -362,8 +468,11 @@ def activate_calls() -> list[Call]:
     """Every number of lanes of every dtype, in place and to a half type; many words and pixels for a CTA; images."""
     calls = []
     for number, dtype in enumerate(dtype for dtype in DTYPES if dtype.name in _instances.ACTIVATED):
+        planes = random_case(number, dtype, 3, transpose=True, layouts=("nchw", "nhwc"))
+        calls.append(affine_gather_call(planes, f"{dtype}-columns"))
         for channels in (16, 12, 6, 4, 3, 2):
             case = random_case(10 * number + channels, dtype, channels)
+            calls.append(affine_gather_call(case, f"{dtype}-{channels}"))
             calls.append(activate_call(case, f"{dtype}-{channels}"))
             if dtype.itemsize == 2:
                 calls.append(activate_call(case, f"{dtype}-{channels}-from-float32", source="float32"))

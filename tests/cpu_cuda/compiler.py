@@ -31,7 +31,8 @@ _FOLDER = Path(__file__).resolve().parent
 #: and guard pages see as well.
 _FLAGS = (
     "-O0 -g -w -fPIC -shared -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init -fno-exceptions -fno-rtti "
-    "-fsanitize=undefined -fno-sanitize=vptr,object-size,pointer-overflow -fsanitize-undefined-trap-on-error"
+    "-fsanitize=undefined,bounds-strict -fsanitize-undefined-trap-on-error "
+    "-fno-sanitize=vptr,object-size,pointer-overflow"
 ).split()
 
 #: Each edit of a kernel leaves libraries behind that nobody will ask for again.
@@ -155,7 +156,9 @@ class Kernel:
 
 
 def _bytes_of(argument: Any) -> bytes:
-    """What CuPy passes for an argument: pointers for its arrays, everything else by value."""
+    """What is passed for an argument: pointers for arrays of the device, everything else by value."""
+    if isinstance(argument, bytes):
+        return argument
     if hasattr(argument, "data") and hasattr(argument.data, "ptr"):
         return np.uint64(argument.data.ptr).tobytes()
     if isinstance(argument, np.ndarray) and argument.size != 1:

@@ -33,7 +33,18 @@ static dim3 blockDim, gridDim;
 #endif
 extern "C" {
 [[gnu::visibility("hidden")]] alignas(128) thread_local unsigned char cpu_cuda_dynamic[CPU_CUDA_DYNAMIC_BYTES];
+[[gnu::visibility("hidden")]] extern thread_local unsigned char cpu_cuda_beyond[4096];
 }
+// Room behind all shared memory, so that a write past its end is found before it does harm: .tcommon is linked last.
+asm(R"(
+.pushsection .tcommon, "awT", @nobits
+.hidden cpu_cuda_beyond
+.globl cpu_cuda_beyond
+.balign 16
+cpu_cuda_beyond:
+    .zero 4096
+.popsection
+)");
 
 namespace cpu_cuda {
 
@@ -348,6 +359,11 @@ inline void run_blocks() {
             if (cpu_cuda_dynamic[i] == kPoison) continue;
             fibers[0].place = {};
             report(fibers[0], "or another wrote byte %zu of %zu of dynamic shared memory", i, launch->shared_bytes);
+        }
+        for (size_t i = 0; i < sizeof(cpu_cuda_beyond) && !failed; ++i) {
+            if (cpu_cuda_beyond[i] == kPoison) continue;
+            fibers[0].place = {};
+            report(fibers[0], "or another wrote %zu bytes past the end of shared memory", i);
         }
     }
 }

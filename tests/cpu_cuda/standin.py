@@ -51,7 +51,8 @@ class _Pointer:
 class ndarray:
     """An array "on the device". Not a NumPy array, so that whoever mixes up the two finds out."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer | None = None) -> None:
+        memptr = memptr or empty(shape, dtype).data
         memory = memptr.owner
         bytes_ = memory.bytes()[memptr.ptr - memory.address :][: math.prod(shape) * np.dtype(dtype).itemsize]
         self.host: np.ndarray[Any, Any] = bytes_.view(dtype).reshape(shape)
@@ -106,7 +107,7 @@ def asarray(values: Any) -> ndarray:
 
 def _as_strided(array: ndarray, shape: Any, strides: Any) -> ndarray:
     memory = array.memory
-    return ndarray(np.ndarray(shape, array.dtype, memory.bytes(), array.data.ptr - memory.address, strides))
+    return ndarray.of(np.ndarray(shape, array.dtype, memory.bytes(), array.data.ptr - memory.address, strides))
 
 
 lib = SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=_as_strided))
