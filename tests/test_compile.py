@@ -39,6 +39,8 @@ def all_instances() -> list[Instance]:
         found += widest_instances(dtype)
     for itemsize in (1, 2, 4, 8, 16):
         found += tile_instances(np.dtype(f"V{itemsize}"))
+    for itemsize in (1, 2, 4):
+        found += crowded_tile_instances(np.dtype(f"V{itemsize}"))
     return list(dict.fromkeys([*found, *wide_instances()]))
 
 
@@ -72,6 +74,14 @@ def tile_instances(dtype: np.dtype[Any]) -> Iterator[Instance]:
     """Tiles of several blocks, whose pixels do not fill pieces, and of parts of a block."""
     for bsize in ((3, 3), (65, 65)):
         for walk in (*widest_tiles(dtype), Walk("tiled", dtype.itemsize, True)):
+            yield _instances.gather_instance(walk, bsize)
+            yield _instances.scatter_instance(walk, bsize, dtype, False)
+
+
+def crowded_tile_instances(dtype: np.dtype[Any]) -> Iterator[Instance]:
+    """Tiles of as many blocks as there may be: what is known of each block takes shared memory beside the tile."""
+    for bsize in ((1, 1), (2, 2)):
+        for walk in widest_tiles(dtype):
             yield _instances.gather_instance(walk, bsize)
             yield _instances.scatter_instance(walk, bsize, dtype, False)
 
