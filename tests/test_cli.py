@@ -104,9 +104,15 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int
 
 # The demonstration
 
+#: The command with a clock that other programs do not speed up or slow down: its own CPU time, in one thread. Where the
+#: demonstration finds a GPU, it asks that for the time.
+ON_CPU_TIME = (
+    "import runpy, time; time.perf_counter = time.process_time; runpy.run_module('sbnet_cupy', run_name='__main__')"
+)
+
 
 def test_default_run(tmp_path: Path) -> None:
-    done = command(cwd=tmp_path)
+    done = python("-c", ON_CPU_TIME, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "wrote     sbnet-cupy.png" in done.stdout
     check_png(tmp_path / "sbnet-cupy.png")
@@ -131,7 +137,7 @@ def test_default_run(tmp_path: Path) -> None:
     assert found["share"] == pytest.approx(100 * count * 10 * 10 / (height * width), abs=0.06)
     assert found["sparse"] > 0
     assert found["times"] == pytest.approx(found["dense"] / found["sparse"], rel=0.01)
-    assert found["times"] > 1.2, "the ideal is 2.7"
+    assert found["times"] > 1.2, "the ideal is 2.7; 2.0 to 2.7 were seen, with five other programs running as well"
     check = re.search(r"equal to the dense network on (\d+) pixels, all (\d+) masked ones among them", done.stdout)
     assert check is not None
     assert int(check[2]) == mask.sum() < int(check[1]) < 64 * count
