@@ -1,9 +1,11 @@
-"""Which tests need a CUDA device, and how many examples Hypothesis tries.
+"""Which tests need a CUDA device, which run in one process, and how many examples Hypothesis tries.
 
 Environment variables
 ---------------------
 SBNET_CUPY_REQUIRE_GPU
     ``1``: without a usable CUDA device the run fails, instead of skipping the tests that need one.
+SBNET_CUPY_TEST_ALL
+    ``1``: every mutant, and every block size for every generation of GPUs, of which there are samples by default.
 HYPOTHESIS_PROFILE
     ``default``, ``ci`` (the same examples in every run; the default where ``CI`` is set) or ``thorough``.
 """
@@ -41,8 +43,12 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"SBNET_CUPY_REQUIRE_GPU=1, but {no_device()}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no device."""
+    """Skip tests marked ``gpu`` where there is no device; else run them one after another, in one process.
+
+    Some of them time the device or fill much of its memory.
+    """
     for item in items:
-        if item.get_closest_marker("gpu") and no_device():
-            item.add_marker(pytest.mark.skip(reason=no_device()))
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=no_device()) if no_device() else pytest.mark.xdist_group("gpu"))

@@ -21,6 +21,8 @@ import pytest
 
 from sbnet_cupy._sources import kernel_folder, sources_digest
 
+pytestmark = pytest.mark.xdist_group("install")  # share what is built
+
 ROOT = Path(__file__).parents[1]
 CHECKOUT = "pyproject.toml MANIFEST.in LICENSE README.md .ci bench docs kernels sbnet_cupy tests".split()
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
@@ -207,7 +209,8 @@ def test_works_with_a_cupy_that_cannot_be_imported(python_without_cupy: Path, tm
 
 
 def test_import_is_quick_without_cupy(python_without_cupy: Path, tmp_path: Path) -> None:
-    code = "import time, numpy\nstart = time.perf_counter()\nimport sbnet_cupy\nprint(time.perf_counter() - start)"
+    clock = "time.process_time()"  # which other programs do not lengthen
+    code = f"import time, numpy\nstart = {clock}\nimport sbnet_cupy\nprint({clock} - start)"
     seconds = [float(from_checkout(python_without_cupy, "-c", code, cwd=tmp_path)) for _ in range(5)]
     assert statistics.median(seconds) <= 0.15
 

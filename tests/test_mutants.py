@@ -25,6 +25,8 @@ from sbnet_cupy._sources import kernel_folder
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("mutants")  # compiled in the background, by one process
+
 BSIZE = (4, 7)
 FLOAT32, HALF = np.dtype(np.float32), np.dtype(np.float16)
 
@@ -1437,7 +1439,7 @@ def test_calls_of_a_family_pass_without_a_mistake(name: str) -> None:
 
 
 #: Each mutant is compiled anew, which takes about a second: by default every fifth one is, a sample of every file.
-SAMPLE = 1 if os.environ.get("SBNET_CUPY_ALL_MUTANTS") else 5
+SAMPLE = 1 if os.environ.get("SBNET_CUPY_TEST_ALL") else 5
 
 
 @pytest.mark.parametrize("mutant", parse(MUTANTS)[::SAMPLE], ids=lambda mutant: mutant.name)
