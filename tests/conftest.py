@@ -1,4 +1,4 @@
-"""Which tests need a CUDA device, which run in one process, and how many examples Hypothesis tries.
+"""Which tests need a CUDA device, how many processes run them, and how many examples Hypothesis tries.
 
 Environment variables
 ---------------------
@@ -43,12 +43,14 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"SBNET_CUPY_REQUIRE_GPU=1, but {no_device()}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no device; else run them one after another, in one process.
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes ``-n auto`` starts: none where there is a device, which tests time and fill."""
+    return min(4, os.cpu_count() or 1) if no_device() else 0
 
-    Some of them time the device or fill much of its memory.
-    """
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no device."""
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=no_device()) if no_device() else pytest.mark.xdist_group("gpu"))
+        if item.get_closest_marker("gpu") and no_device():
+            item.add_marker(pytest.mark.skip(reason=no_device()))

@@ -24,8 +24,6 @@ from sbnet_cupy._sources import kernel_folder
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("cpu_kernels")  # compiled once, for all of them
-
 CALLS = calls.walk_calls() + calls.large_calls() + calls.mask_calls() + calls.activate_calls()
 
 orders = pytest.mark.parametrize("order", cpu_cuda.ORDERS, ids=lambda order: order.name)

@@ -21,8 +21,6 @@ import pytest
 
 from sbnet_cupy._sources import kernel_folder, sources_digest
 
-pytestmark = pytest.mark.xdist_group("install")  # share what is built
-
 ROOT = Path(__file__).parents[1]
 CHECKOUT = "pyproject.toml MANIFEST.in LICENSE README.md .ci bench docs kernels sbnet_cupy tests".split()
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")

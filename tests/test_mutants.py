@@ -25,8 +25,6 @@ from sbnet_cupy._sources import kernel_folder
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("mutants")  # compiled in the background, by one process
-
 BSIZE = (4, 7)
 FLOAT32, HALF = np.dtype(np.float32), np.dtype(np.float16)
 
