@@ -1,4 +1,4 @@
-"""What README.md shows is run as it stands."""
+"""What README.md and docs/ show is run as it stands."""
 
 from __future__ import annotations
 
@@ -16,40 +16,56 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
-FENCE = re.compile(r"^(?P<gpu><!-- needs: gpu -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^<!-- command: (\w+) -->\n```\w*\n(.*)\n```$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
-def test_python_blocks_run(device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order and in one namespace.
+PAGES = {
+    "README.md": ["", "gpu"],
+    "docs/cuda-graphs.md": ["", "gpu", "gpu, torch"],
+}
 
-    Without a device, `import cupy as cp` means NumPy, and blocks directly after a line
-    ``<!-- needs: gpu -->`` are left out.
+
+@pytest.mark.parametrize(
+    ("page", "has"),
+    [
+        pytest.param(page, has, marks=pytest.mark.gpu if "gpu" in has else (), id=f"{page}-{has or 'cpu'}")
+        for page, machines in PAGES.items()
+        for has in machines
+    ],
+)
+def test_python_blocks_run(page: str, has: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace, on a machine that `has` these.
+
+    Blocks directly after a line such as ``<!-- needs: gpu -->`` are left out on others. Without a device,
+    `import cupy as cp` means NumPy.
     """
-    text = README.read_text(encoding="utf-8")
+    if "torch" in has and not pytest.importorskip("torch", reason="PyTorch is not installed").cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = list(FENCE.finditer(text))
-    assert blocks
     assert len(blocks) == text.count("```python")
+    assert {block["needs"] or "" for block in blocks} == set(PAGES[page])
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         code = block["code"]
-        if not device:
-            if block["gpu"]:
-                continue
+        if (block["needs"] or "") not in has:
+            continue
+        if "gpu" not in has:
             code = re.sub(r"\bimport cupy\b(?! as)", "import numpy as cupy", code)
             code = code.replace("import cupy as", "import numpy as")
-        run_block(code, text.count("\n", 0, block.start("code")), namespace)
+        run_block(code, page, text.count("\n", 0, block.start("code")), namespace)
 
 
-def run_block(code: str, line: int, namespace: dict[str, Any]) -> None:
-    """Run `code`, which begins after `line` lines of the README: as a doctest where it has prompts."""
+def run_block(code: str, page: str, line: int, namespace: dict[str, Any]) -> None:
+    """Run `code`, which begins after `line` lines of the page: as a doctest where it has prompts."""
+    path = str(ROOT / page)
     if ">>> " not in code:
-        # Empty lines in front, so that a traceback names the README's line.
-        exec(compile("\n" * line + code, str(README), "exec"), namespace)
+        # Empty lines in front, so that a traceback names the page's line.
+        exec(compile("\n" * line + code, path, "exec"), namespace)
         return
-    example = doctest.DocTestParser().get_doctest(code, namespace, "README.md", str(README), line)
+    example = doctest.DocTestParser().get_doctest(code, namespace, page, path, line)
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     failed, _ = runner.run(example, out=report.write, clear_globs=False)
