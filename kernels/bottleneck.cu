@@ -67,6 +67,32 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
+// Which tile of which block; what is loaded is not looked at yet.
+struct BottleneckTile {
+    unsigned int row, down, right;
+    unsigned int image, block_h, block_w;
+
+    // `number` is less than b.rows * b.tiles.
+    __device__ BottleneckTile(const Bottleneck& b, unsigned int number) : row(b.by_tiles(number)) {
+        const unsigned int tile = number - row * static_cast<unsigned int>(b.tiles);
+        down = b.by_tiles_w(tile);
+        right = tile - down * static_cast<unsigned int>(b.tiles_w);
+        const int* triple = b.indices + row * b.index_strides[0];
+        image = triple[0];
+        block_h = triple[b.index_strides[1]];
+        block_w = triple[2 * b.index_strides[1]];
+    }
+
+    __device__ bool exists(const Bottleneck& b) const {
+        return image < b.batch && block_h < b.height.count && block_w < b.width.count;
+    }
+};
+
+// Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
+__device__ inline void leave(const Bottleneck& b, int64 tiles) {
+    if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
+}
+
 template <bool kFirst, typename First, typename Second>
 struct Choice {
     using Type = First;
@@ -187,24 +213,27 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    const auto leave = [&] {
-        // The last one leaves the counts as they were.
-        if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
-    };
-    for (int64 number = blockIdx.x; number < b.rows * b.tiles; number += gridDim.x) {
-        const unsigned int row = b.by_tiles(static_cast<unsigned int>(number));
-        const unsigned int tile = static_cast<unsigned int>(number) - row * static_cast<unsigned int>(b.tiles);
-        const unsigned int down = b.by_tiles_w(tile), right = tile - down * static_cast<unsigned int>(b.tiles_w);
-        const int* triple = b.indices + row * b.index_strides[0];
-        const unsigned int image = triple[0];
-        const unsigned int block_h = triple[b.index_strides[1]], block_w = triple[2 * b.index_strides[1]];
-        if (number >= tiles) break;  // asked only now, so that the count and the indices come together
-        const BottleneckSpan y(b.height, block_h, down, kTileH);
-        const BottleneckSpan x(b.width, block_w, right, kTileW);
-        if (image >= b.batch || block_h >= b.height.count || block_w >= b.width.count || y.size <= 0 || x.size <= 0) {
+    BottleneckTile tile(b, blockIdx.x);
+    // While the indices are on their way: what does not depend on them.
+#pragma unroll 1
+    for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
+        copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
+    }
+    if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
+    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
+    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+
+    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
+        const bool is_first = number == blockIdx.x;
+        if (!is_first) tile = BottleneckTile(b, static_cast<unsigned int>(number));
+        const BottleneckSpan y(b.height, tile.block_h, tile.down, kTileH);
+        const BottleneckSpan x(b.width, tile.block_w, tile.right, kTileW);
+        if (!tile.exists(b) || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);
-                leave();
+                leave(b, tiles);
             }
             continue;
         }
@@ -213,7 +242,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         window.row_stride = static_cast<int>(b.source_strides[1]);
         window.column_stride = static_cast<int>(b.source_strides[2]);
         window.channel_stride = 1;
-        window.origin = static_cast<int64>(image) * b.source_strides[0] +
+        window.origin = static_cast<int64>(tile.image) * b.source_strides[0] +
                         static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
         inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
         inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
@@ -221,29 +250,16 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const T* source = static_cast<const T*>(b.source);
         const Staged staged{window_pixels};
         staged.template start<true, true>(window, source, 0, kC);
-        if (number == blockIdx.x) {
-#pragma unroll 1
-            for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
-                copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
-            }
-            if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
-            commit_async();
+        commit_async();
+        ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0]);
+        if (is_first) {  // after the window, which is needed first
             if constexpr (kNear2) start_weights<kB, kSteps2>(near2, b.weights[1]);
-            commit_async();
             if constexpr (kNear3) start_weights<kC, kSteps3>(near3, b.weights[2]);
             commit_async();
-            // While all that is on its way:
-            if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-            list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
-            list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-            list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
-        }
-        ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0]);
-        if (number == blockIdx.x) {
-            wait_async_groups<2>();
+            wait_async_groups<1>();
             __syncthreads();  // scales and shifts come from other threads
         } else {
-            wait_async();
+            wait_async_groups<0>();
         }
         if (Products::kRounds || b.activates) {
             const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, Staged::piece() * kLanes);
@@ -266,7 +282,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             });
         }
         ProductWeights<Products, Layout2, kSteps2, kNear2> weights2(kNear2 ? near2 : b.weights[1]);
-        if constexpr (kNear2) wait_async_groups<1>();
+        if constexpr (kNear2 || kNear3) wait_async_groups<0>();
         __syncthreads();
         {
             const Layout2 layout;
@@ -280,12 +296,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                                                                    [](int) { return true; });
             });
         }
-        ProductWeights<Products, Layout3, kSteps3, kNear3> weights3(kNear3 ? near3 : b.weights[2]);
-        if constexpr (kNear3) wait_async_groups<0>();
+        using Weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>;
+        Weights3 weights3(kNear3 ? near3 : b.weights[2]);
         __syncthreads();
 
         const bool stack = b.target_is_stack != 0;
-        T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? row : image) * b.target_strides[0] +
+        T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
                           static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
                           static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
         const T* const residual = source + window.origin + window.offset(y.first - top, x.first - left);
@@ -294,6 +310,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const Layout3 layout;
         using Results = WarpRows<Layout3, kLanes>;
         const Results rows(results);
+        // Asked for early by one thread: the answer takes a while, and nearly always is yes.
+        bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
             // What is added is asked for before the product.
             Vec<T, kLanes> numbers[Results::kTurns];
@@ -309,14 +327,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
                 sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
-            const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
-            weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>((kNear3 ? near3 : b.weights[2]) + following);
+            if constexpr (kC > Layout3::kAllColumns) {
+                const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
+                weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);
+            }
             rows.put(sums);
             if (b.meeting != nullptr && pass == 0) {
-                if (threadIdx.x == 0) {
-                    wait_for(b.meeting, static_cast<unsigned int>(tiles));
-                    leave();
-                }
+                while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
                 __syncthreads();
             }
 #pragma unroll
@@ -331,6 +348,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
             }
         }
+        if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles);
         __syncthreads();
     }
 }

@@ -190,7 +190,7 @@ struct Plain {
 // A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
 template <typename Products, int kN>
 struct DistantWeights {
-    static constexpr int kAhead = kN >= 5 ? 1 : kN >= 3 ? 2 : kN == 2 ? 4 : 6;
+    static constexpr int kAhead = kN >= 4 ? 1 : kN == 3 ? 2 : kN == 2 ? 3 : 4;
     using Words = typename Products::template Weights<kN>;
 
     Words ahead[kAhead];

@@ -130,9 +130,9 @@ struct SharedWindow {
     // After the copies of this thread are there: the step in all pixels of the tensor; what is zero outside of it stays.
     template <bool kRounds>
     __device__ void activate(const Window& window, const ChannelAffine<kPiece<T>>& affine) const {
-        // A few at a time, loaded before the first is stored.
-        constexpr int kBatch = kTurns < 4 ? kTurns : 4;
-#pragma unroll 2
+        // Some at a time, loaded before the first is stored: about as many in each batch.
+        constexpr int kBatches = (kTurns + 5) / 6, kBatch = (kTurns + kBatches - 1) / kBatches;
+#pragma unroll 1
         for (int first = 0; first < kTurns; first += kBatch) {
             Vec<T, kPiece<T>> numbers[kBatch];
 #pragma unroll
@@ -143,12 +143,11 @@ struct SharedWindow {
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
                 const int at = pixel(first + u);
+                if (at >= kPixels || !window.contains(at / kWidth, at % kWidth)) continue;
                 float number[kPiece<T>];
 #pragma unroll
                 for (int i = 0; i < kPiece<T>; ++i) number[i] = affine(Addition<T>::begin(numbers[u].lane[i]), i);
-                if (at < kPixels && window.contains(at / kWidth, at % kWidth)) {
-                    store(place(at), 0, rounded<T, kRounds>(number));
-                }
+                store(place(at), 0, rounded<T, kRounds>(number));
             }
         }
     }

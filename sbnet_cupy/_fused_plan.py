@@ -179,6 +179,15 @@ _WAITS = 2500
 _BUSY_WARPS = 8
 
 
+#: Clocks of an exchange of sums, besides its traffic, and of a pass over the channels of a result.
+_EXCHANGE, _PASS = 500, 600
+
+
+def exchange_clocks(layout: WarpLayout) -> float:
+    """Clocks in which warps add up their parts."""
+    return _EXCHANGE + 2 * layout.exchanged_bytes / _SHARED if layout.depth > 1 else 0
+
+
 def product_clocks(rows: int, layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
     """Clocks of one product of a CTA by what bounds it: arithmetic, shared memory, or the way of the weights."""
     depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
@@ -202,7 +211,7 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
         plan.layout.rows, plan.layout, packing.steps, itemsize, problem.uses_tensor_cores
     )
     load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
-    out = 2 * plan.layout.exchanged_bytes / _SHARED
+    out = exchange_clocks(plan.layout)
     out += plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
     return waves * (_WAITS + together * (product + load + out))
 
@@ -235,8 +244,9 @@ class BottleneckPlan:
     ctas: int
 
 
-#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product.
-_PASS_SUMS = 4
+#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product, by the size of a number: what is
+#: added to them takes registers too.
+_PASS_SUMS = {2: 12, 4: 4}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -258,7 +268,7 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
                 (halo, pixels, pixels),
                 (problem.inner, problem.inner, problem.channels),
                 bottleneck_steps(problem),
-                (None, None, _PASS_SUMS),
+                (None, None, _PASS_SUMS[problem.itemsize]),
             )
         )
         if None in layouts:
@@ -307,7 +317,7 @@ def _best_layout(
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
         product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
-        return passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
+        return passes * (product + exchange_clocks(layout) + _PASS)
 
     found = warp_layouts(row_tiles, column_tiles)
     fitting = [
@@ -329,7 +339,7 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
         passes = problem.channels // layout.columns if number == 2 else 1
         product = product_clocks(layout.rows, layout, steps, itemsize, tensor)
-        clocks += passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
+        clocks += passes * (product + exchange_clocks(layout) + _PASS)
     pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
     share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
     clocks += pixels * problem.channels * itemsize / share
