@@ -102,23 +102,28 @@ struct Choice<false, First, Second> {
     using Type = Second;
 };
 
-// The weights of one product, of kSteps steps: all of them in shared memory (kNear), or each warp's own on their way.
+// The weights of some steps of a product of kSteps: in shared memory (kNear), or each warp's own on their way.
 template <typename Products, typename Layout, int kSteps, bool kNear>
 struct ProductWeights {
     static constexpr int kStride = kSteps * kWarp;  // from 8 columns to the next 8
     using Distant = DistantWeights<Products, Layout::kN>;
     using Near = NearWeights<Products, Layout::kN>;
 
+    int begin, end;  // the warp's share of the steps
     typename Choice<kNear, Near, Distant>::Type source;
 
-    __device__ explicit ProductWeights(const StepWords* packed, const Layout& layout = Layout())
-        : source(make(packed + layout.column / kColumns * kStride, layout)) {}
+    // Of `steps` steps from `first` on, of the columns from `packed` on.
+    __device__ explicit ProductWeights(const StepWords* packed, int first = 0, int steps = kSteps,
+                                       const Layout& layout = Layout())
+        : begin(first + layout.begin(steps)),
+          end(first + layout.end(steps)),
+          source(make(packed + layout.column / kColumns * kStride, begin, end)) {}
 
-    __device__ static auto make(const StepWords* columns, const Layout& layout) {
+    __device__ static auto make(const StepWords* columns, int begin, int end) {
         if constexpr (kNear) {
             return Near(columns, kStride);
         } else {
-            return Distant(columns, kStride, layout.begin(kSteps), layout.end(kSteps));
+            return Distant(columns, kStride, begin, end);
         }
     }
 };
@@ -145,7 +150,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Products::run(sums, rows, offsets, zeros, weights.source, layout.begin(kSteps), layout.end(kSteps));
+    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end);
 }
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
@@ -170,10 +175,11 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
     }
 }
 
-// Bit k of kNear tells that the weights of product k are kept in shared memory.
+// Bit k of kNear tells that the weights of product k are kept in shared memory. The window comes in kParts parts of its
+// channels, so that the first are multiplied while the last are on their way.
 // Registers: at most 128.
 template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
-          typename Layout2, typename Layout3, int kNear>
+          typename Layout2, typename Layout3, int kNear, int kParts>
 __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {
     using T = typename Products::Number;
     constexpr int kLanes = kPiece<T>;
@@ -181,7 +187,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     constexpr int kHalo = kHaloH * kHaloW, kPixels = kTileH * kTileW;
     constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes, kPositions = kKernelH * kKernelW;
     constexpr int kPitchB = (kPiecesB | 1) * kPieceBytes;
-    using Staged = SharedWindow<T, kPiecesC, kHaloH, kHaloW>;
+    using Staged = SharedWindow<T, kPiecesC / kParts, kHaloH, kHaloW, kPiecesC>;
+    static_assert(kParts == 1 || kPiecesC % (kParts * kStepPieces) == 0, "parts are whole steps");
     constexpr int kSteps1 = (kPiecesC + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps2 = (kPiecesB * kPositions + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps3 = (kPiecesB + kStepPieces - 1) / kStepPieces;
@@ -248,32 +255,38 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
 
         const T* source = static_cast<const T*>(b.source);
-        const Staged staged{window_pixels};
-        staged.template start<true, true>(window, source, 0, kC);
-        commit_async();
-        ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            Staged::part(window_pixels, part).template start<true, true>(window, source, part * kC / kParts, kC);
+            commit_async();
+        }
         if (is_first) {  // after the window, which is needed first
             if constexpr (kNear2) start_weights<kB, kSteps2>(near2, b.weights[1]);
             if constexpr (kNear3) start_weights<kC, kSteps3>(near3, b.weights[2]);
-            commit_async();
-            wait_async_groups<1>();
-            __syncthreads();  // scales and shifts come from other threads
-        } else {
-            wait_async_groups<0>();
         }
-        if (Products::kRounds || b.activates) {
-            const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, Staged::piece() * kLanes);
-            staged.template activate<Products::kRounds>(window, affine);
-        }
-        __syncthreads();
-        if (b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
+        commit_async();
 
         {
             const Layout1 layout;
             Sums<Layout1::kM, Layout1::kN> sums;
-            product(
-                sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
-                weights1);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                constexpr int kPartSteps = kSteps1 / kParts;
+                ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0],
+                                                                            part * kPartSteps, kPartSteps);
+                wait_async_groups_but(kParts - part);
+                if (is_first && part == 0) __syncthreads();  // scales and shifts come from other threads
+                if (Products::kRounds || b.activates) {
+                    const int channel = part * kC / kParts + Staged::piece() * kLanes;
+                    const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, channel);
+                    Staged::part(window_pixels, part).template activate<Products::kRounds>(window, affine);
+                }
+                __syncthreads();
+                if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
+                product(
+                    sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
+                    weights1);
+            }
             if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
             layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, Layout1, kHalo, kPitchB>(

@@ -160,6 +160,20 @@ __device__ inline void wait_async_groups() {
 #endif
 }
 
+// The same for a number that is a constant once loops are unrolled; at most 7.
+__device__ inline void wait_async_groups_but(int pending) {
+    switch (pending) {
+        case 0: return wait_async_groups<0>();
+        case 1: return wait_async_groups<1>();
+        case 2: return wait_async_groups<2>();
+        case 3: return wait_async_groups<3>();
+        case 4: return wait_async_groups<4>();
+        case 5: return wait_async_groups<5>();
+        case 6: return wait_async_groups<6>();
+        default: return wait_async_groups<7>();
+    }
+}
+
 // Waits until the calling thread's asynchronous copies are there. Other threads see them after a barrier.
 __device__ inline void wait_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -78,20 +78,26 @@ __device__ inline void share_channels(float* scales, float* shifts, int room, co
     }
 }
 
-// A window of kHeight x kWidth pixels in shared memory, pixel after pixel. A thread takes one piece of every kStep-th
-// pixel, so that it keeps what belongs to its channels in registers; neighbouring threads take neighbouring pieces.
-template <typename T, int kPieces, int kHeight, int kWidth>
+// kPieces pieces of each of kHeight x kWidth pixels in shared memory, pixel after pixel of kAllPieces. A thread takes one
+// piece of every kStep-th pixel, so that it keeps what belongs to its channels in registers; neighbouring threads take
+// neighbouring pieces.
+template <typename T, int kPieces, int kHeight, int kWidth, int kAllPieces = kPieces>
 struct SharedWindow {
     static_assert(kPieces <= kProductThreads, "a thread takes one piece of a pixel");
     static constexpr int kPixels = kHeight * kWidth;
     // An odd number of pieces to a pixel keeps load_matrices free of bank conflicts.
-    static constexpr int kPitch = (kPieces | 1) * kPieceBytes;
+    static constexpr int kPitch = (kAllPieces | 1) * kPieceBytes;
     static constexpr int kBytes = kPixels * kPitch;
     static constexpr int kStep = kProductThreads / kPieces;
     static constexpr int kTurns = (kPixels + kStep - 1) / kStep;
     static constexpr int kUnroll = kTurns < 8 ? kTurns : 8;
 
     unsigned char* pixels;
+
+    // The pieces number `number` * kPieces and following of all pixels.
+    __device__ static SharedWindow part(unsigned char* all_pixels, int number) {
+        return {all_pixels + number * kPieces * kPieceBytes};
+    }
 
     __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
     // Of the thread, at a turn; kPixels or more where it has nothing to do.

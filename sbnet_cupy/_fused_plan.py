@@ -155,15 +155,15 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
             yield height, width
 
 
-def warp_layouts(row_tiles: int, column_tiles: int) -> Iterator[WarpLayout]:
-    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns."""
+def warp_layouts(row_tiles: int, column_tiles: int, most: int = MOST_SUMS) -> Iterator[WarpLayout]:
+    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns, with up to `most` sums a warp."""
     powers = [1 << k for k in range(WARPS.bit_length())]
     for warps_m, warps_n in itertools.product(powers, powers):
         if warps_m * warps_n > WARPS:
             continue
         m = math.ceil(row_tiles / warps_m)
-        for n in (1, 2, 3, 4, 6):
-            if m <= 6 and m * n <= MOST_SUMS and column_tiles % (n * warps_n) == 0:
+        for n in (1, 2, 3, 4, 6, 8, 12):
+            if m <= 6 and m * n <= most and column_tiles % (n * warps_n) == 0:
                 yield WarpLayout(m, n, warps_m, warps_n)
 
 
@@ -240,13 +240,18 @@ class BottleneckPlan:
     layouts: tuple[WarpLayout, WarpLayout, WarpLayout]
     #: Bit k tells that the weights of product k are kept in shared memory.
     near: int
+    #: Parts of its channels in which the input is brought.
+    parts: int
     shared: int
     ctas: int
 
 
+#: Weights of more bytes do not fit beside a window; sums of a warp that fetches its own, by the size of a number.
+_NEAR_BYTES, _FAR_SUMS = 90 << 10, {2: 6, 4: 4}
+
 #: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product, by the size of a number: what is
 #: added to them takes registers too.
-_PASS_SUMS = {2: 12, 4: 4}
+_PASS_SUMS = {2: 6, 4: 4}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -292,7 +297,21 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
         if shared <= limits.cta_shared:
             tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
             ctas = problem.rows * tiles[0] * tiles[1]
-            yield BottleneckPlan(tile, tiles, layouts, near, shared, ctas)  # type: ignore[arg-type]
+            parts = window_parts(problem, halo) if near & 1 else 1
+            yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas)  # type: ignore[arg-type]
+
+
+#: Bytes of a window from which it comes in parts, and parts at most.
+_PART_BYTES, _MOST_PARTS = 1 << 14, 4
+
+
+def window_parts(problem: BottleneckProblem, halo: int) -> int:
+    """In how many parts of whole steps the channels of a window come."""
+    pieces = problem.channels * problem.itemsize // PIECE_BYTES
+    for parts in range(_MOST_PARTS, 1, -1):
+        if pieces % (parts * STEP_PIECES) == 0 and halo * pieces * PIECE_BYTES >= parts * _PART_BYTES:
+            return parts
+    return 1
 
 
 def halo_pixels(tile: Pair, ksize: Pair) -> int:
@@ -317,13 +336,18 @@ def _best_layout(
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
         product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
-        return passes * (product + exchange_clocks(layout) + _PASS)
+        # What is read and written in rows of fewer bytes than a few sectors of memory takes longer.
+        row = layout.n * COLUMNS * problem.itemsize
+        rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
+        return passes * (product + exchange_clocks(layout) + _PASS) + rows
 
-    found = warp_layouts(row_tiles, column_tiles)
+    far = column_tiles * steps * 512 > _NEAR_BYTES
+    far_sums = _FAR_SUMS[problem.itemsize] if far else MOST_SUMS
+    found = warp_layouts(row_tiles, column_tiles, most or MOST_SUMS)
     fitting = [
         layout
         for layout in found
-        if (most is None and layout.n * layout.warps_n == column_tiles)
+        if (most is None and layout.n * layout.warps_n == column_tiles and layout.m * layout.n <= far_sums)
         or (most is not None and layout.m * layout.n <= most and layout.depth == 1)
     ]
     return min(fitting, key=clocks, default=None)
