@@ -177,7 +177,7 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
 
 // Bit k of kNear tells that the weights of product k are kept in shared memory. The window comes in kParts parts of its
 // channels, so that the first are multiplied while the last are on their way.
-// Registers: at most 128.
+// Registers: at most 255.
 template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
           typename Layout2, typename Layout3, int kNear, int kParts>
 __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {

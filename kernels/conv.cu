@@ -172,7 +172,7 @@ __device__ inline void put_pair(T* to, const T* with, float (&number)[2], bool i
 
 // A CTA takes some features (blockIdx.y tells which) of every gridDim.x-th tile, so that the grid need not know how many
 // blocks are active. Chunks of the channels are staged while the one before is multiplied.
-// Registers: at most 128.
+// Registers: at most 255.
 template <typename Products, typename Layout, typename Shape, typename Form>
 __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
     using T = typename Products::Number;

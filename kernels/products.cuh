@@ -192,7 +192,7 @@ struct Plain {
 // A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
 template <typename Products, int kN>
 struct DistantWeights {
-    static constexpr int kAhead = kN >= 4 ? 1 : kN == 3 ? 2 : kN == 2 ? 3 : 4;
+    static constexpr int kAhead = kN > 6 ? 1 : kN > 4 ? 2 : kN > 2 ? 3 : kN == 2 ? 6 : 8;
 
     typename Products::template Weights<kN> ahead[kAhead];
     const StepWords* packed;  // step 0

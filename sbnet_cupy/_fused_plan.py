@@ -14,10 +14,10 @@ from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
 Pair = tuple[int, int]
 
 #: Threads of a CTA, warps, and rows of a product of a warp, as in kernels/window.cuh and kernels/products.cuh.
-THREADS, WARPS, ROWS = 512, 16, 16
+THREADS, WARPS, ROWS = 256, 8, 16
 
 #: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
-MOST_SUMS = 8
+MOST_SUMS = 16
 
 
 class DeviceLimits(NamedTuple):
@@ -132,7 +132,7 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
         tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
         window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
         window_bytes = window[0] * window[1] * pitch
-        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns):
+        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns, problem.uses_tensor_cores):
             channels = 8 * layout.columns
             if problem.activates:
                 channels += 8 * packing.chunk * packing.chunks * packing.lanes
@@ -155,14 +155,14 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
             yield height, width
 
 
-def warp_layouts(row_tiles: int, column_tiles: int, most: int = MOST_SUMS) -> Iterator[WarpLayout]:
+def warp_layouts(row_tiles: int, column_tiles: int, tensor: bool, most: int = MOST_SUMS) -> Iterator[WarpLayout]:
     """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns, with up to `most` sums a warp."""
     powers = [1 << k for k in range(WARPS.bit_length())]
     for warps_m, warps_n in itertools.product(powers, powers):
         if warps_m * warps_n > WARPS:
             continue
         m = math.ceil(row_tiles / warps_m)
-        for n in (1, 2, 3, 4, 6, 8, 12):
+        for n in (1, 2, 3, 4, 6, 8, 12) if tensor else (1, 2, 3, 4):  # plain arithmetic holds more of the weights
             if m <= 6 and m * n <= most and column_tiles % (n * warps_n) == 0:
                 yield WarpLayout(m, n, warps_m, warps_n)
 
@@ -246,12 +246,9 @@ class BottleneckPlan:
     ctas: int
 
 
-#: Weights of more bytes do not fit beside a window; sums of a warp that fetches its own, by the size of a number.
-_NEAR_BYTES, _FAR_SUMS = 90 << 10, {2: 6, 4: 4}
-
 #: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product, by the size of a number: what is
 #: added to them takes registers too.
-_PASS_SUMS = {2: 6, 4: 4}
+_PASS_SUMS = {2: 12, 4: 4}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -341,13 +338,11 @@ def _best_layout(
         rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
         return passes * (product + exchange_clocks(layout) + _PASS) + rows
 
-    far = column_tiles * steps * 512 > _NEAR_BYTES
-    far_sums = _FAR_SUMS[problem.itemsize] if far else MOST_SUMS
-    found = warp_layouts(row_tiles, column_tiles, most or MOST_SUMS)
+    found = warp_layouts(row_tiles, column_tiles, problem.uses_tensor_cores, most or MOST_SUMS)
     fitting = [
         layout
         for layout in found
-        if (most is None and layout.n * layout.warps_n == column_tiles and layout.m * layout.n <= far_sums)
+        if (most is None and layout.n * layout.warps_n == column_tiles)
         or (most is not None and layout.m * layout.n <= most and layout.depth == 1)
     ]
     return min(fitting, key=clocks, default=None)
