@@ -4,11 +4,14 @@ A mask is reduced to the list of its active blocks, those blocks are gathered in
 runs on the stack, and the results are scattered back.
 """
 
-from ._bottleneck import BottleneckWeights, fold_batch_norm, res_block_bottleneck, sparse_res_block_bottleneck
+from ._bottleneck import res_block_bottleneck, sparse_res_block_bottleneck
+from ._bottleneck_weights import BottleneckWeights, fold_batch_norm
 from ._conv import conv2d, sparse_conv2d
 from ._conv_geometry import BlockParams, calc_block_params, calc_block_params_res_block
 from ._gather import sparse_gather
 from ._jit import KernelCompileError, build_at_import, precompile
+from ._pack_weights import PackedBottleneck, pack_weights
+from ._packing import PackedWeights
 from ._reduce_mask import BlockIndices, block_indices, reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_var
 from ._tune import BlockCandidate, BlockTuning, tune_block_size
@@ -22,11 +25,14 @@ __all__ = [
     "BlockTuning",
     "BottleneckWeights",
     "KernelCompileError",
+    "PackedBottleneck",
+    "PackedWeights",
     "block_indices",
     "calc_block_params",
     "calc_block_params_res_block",
     "conv2d",
     "fold_batch_norm",
+    "pack_weights",
     "precompile",
     "reduce_mask",
     "res_block_bottleneck",

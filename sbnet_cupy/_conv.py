@@ -15,6 +15,10 @@ from ._conv_geometry import (
     parse_padding,
     parse_strides,
 )
+from ._engine import parse_engine
+from ._fused_network import FusedBlocks, plan_conv, run_conv
+from ._pack_weights import unpack
+from ._packing import PackedWeights, pack_array
 from ._reduce_mask import BlockIndices
 from ._stack import Arithmetic, BlockStacks, convolve_image
 from ._stack_conv import use_tf32
@@ -96,7 +100,7 @@ def conv2d(
 
 def sparse_conv2d(
     x: Any,
-    w: Any,
+    w: Any | PackedWeights,
     indices: BlockIndices,
     params: BlockParams,
     *,
@@ -107,13 +111,16 @@ def sparse_conv2d(
     bias: Any = None,
     activation: str | None = None,
     allow_tf32: bool | None = None,
+    engine: str = "auto",
 ) -> Any:
     """Convolve the active blocks of images: there equal to :func:`conv2d`, and to `base` elsewhere.
 
     Parameters
     ----------
-    x, w, strides, padding, bias, activation, allow_tf32
-        As in :func:`conv2d`.
+    x, strides, padding, bias, activation, allow_tf32
+        As in :func:`conv2d`. With packed weights, `allow_tf32` is what they were packed with, or None.
+    w : ndarray, shape (kh, kw, C, K), or PackedWeights
+        Weights of the dtype of `x`, or what :func:`pack_weights` made of them.
     indices : BlockIndices
         Active blocks, from :func:`block_indices` with the same `params`.
     params : BlockParams
@@ -124,6 +131,10 @@ def sparse_conv2d(
     out : ndarray, optional
         Where to put the result: of its shape and the dtype of `x`, in any strides. It shares no memory with an input or
         is `base` itself: that touches the active tiles only, and saves a copy.
+    engine : 'auto', 'fused' or 'composed'
+        For CuPy arrays: ``'fused'`` is one kernel from image to image, for float16, bfloat16 and float32;
+        ``'composed'`` gathers the blocks, multiplies them with cuBLAS or cuDNN, and scatters the results; ``'auto'``
+        takes the one that was measured to be faster. NumPy arrays are always composed.
 
     Returns
     -------
@@ -133,40 +144,54 @@ def sparse_conv2d(
     Raises
     ------
     TypeError, ValueError
-        As in :func:`conv2d`; and where `indices`, `params`, `base` or `out` do not fit. Nothing is changed then.
+        As in :func:`conv2d`; and where `indices`, `params`, `base` or `out` do not fit, `engine` cannot do it, or
+        weights were packed with another `allow_tf32`. Nothing is changed then.
 
     Notes
     -----
-    Borders are as in :func:`conv2d`: pixels outside of the image are 0. Rounding and reproducibility are those of
-    :func:`conv2d`; where NumPy and the libraries sum in another order for a stack than for an image, results differ by
-    rounding.
+    Borders are as in :func:`conv2d`: pixels outside of the image are 0. Sums and their error bound are those of
+    :func:`conv2d`; the order of the sums is another for each engine and block size, so that results differ by rounding.
+    Both engines give the same bits in every run on the same GPU. Fused half types are rounded once, at the end.
 
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
-    after a first call. It allocates the result unless `out` is given; and for the time of the call, from CuPy's pool,
-    the stack of gathered blocks, that of the results (in float32 for half types and kernels larger than 1x1), one more
-    of the results where they have to be rounded or something follows, with strides other than 1 the gathered pixels
-    once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
+    after a first call. It allocates the result unless `out` is given; what follows goes back to CuPy's pool on return.
+    Fused, it is one launch and no more memory with packed weights; others are packed first, in every call, which takes
+    a launch and about the size of `w`. Composed, it takes the stack of gathered blocks, that of the results (in float32
+    for half types and kernels larger than 1x1), one more of the results where they have to be rounded or something
+    follows, with strides other than 1 the gathered pixels once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
     """
     check_blocks(indices, params)
     given = {name: array for name, array in (("base", base), ("out", out)) if array is not None}
+    w, packed, tf32 = unpack(w, allow_tf32)
     xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {**indices._asdict(), **given})
     check_params(params, (layer,))
     check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
     shape = (x.shape[0], *layer.out_size, w.shape[3])
-    for name, array in given.items():
-        check_like(name, spec_of(array), x.dtype, shape, "N, H_out, W_out, K")
-        check_place(name, spec_of(array), current_device(xp))
-    in_place = out is not None and base is not None and same_memory(out, base)
-    if out is not None:
-        inputs = {"x": x, "w": w, "base": None if in_place else base, "bias": bias, **indices._asdict()}
-        check_output("out", out, **{name: array for name, array in inputs.items() if array is not None})
-    stacks = BlockStacks(indices, (layer,), params, x.shape[0], Arithmetic(xp, use_tf32(allow_tf32)))
-    stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
+    _check_targets(given, {"x": x, "w": w, "bias": bias, **indices._asdict()}, shape, current_device(xp))
+    in_place = len(given) == 2 and same_memory(base, out)
+    blocks = FusedBlocks.of(xp, indices, x.shape[0], (layer,), params, (tuple(w.shape),), tf32)
+    target = Spec.contiguous(shape, x.dtype, blocks.device) if out is None else spec_of(out)
+    fused = plan_conv(parse_engine(engine), blocks, spec_of(x), target, Affine(relu=affine.relu))
+    stacks = BlockStacks(indices, (layer,), params, x.shape[0], Arithmetic(xp, tf32))
+    stack = None if fused else stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
     if out is None:
         out = xp.zeros(shape, x.dtype) if base is None else base.copy()
     elif not in_place:
         out[...] = 0 if base is None else base
-    return stacks.scatter(stack, out, add=False)
+    if fused is None:
+        return stacks.scatter(stack, out, add=False)
+    return run_conv(fused, x, packed or pack_array(w, tf32), out, indices, affine)
+
+
+def _check_targets(given: dict[str, Any], inputs: dict[str, Any], shape: tuple[int, ...], device: int) -> None:
+    """Raise unless `base` and `out`, where they are given, fit the result."""
+    for name, array in given.items():
+        check_like(name, spec_of(array), inputs["x"].dtype, shape, "N, H_out, W_out, K")
+        check_place(name, spec_of(array), device)
+    if "out" in given:
+        base, out = given.get("base"), given["out"]
+        apart = {**inputs, "base": None if base is not None and same_memory(base, out) else base}
+        check_output("out", out, **{name: array for name, array in apart.items() if array is not None})
 
 
 def check_blocks(indices: Any, params: Any) -> None:

@@ -26,10 +26,10 @@ from ._fused_plan import (
 )
 from ._geometry import BlockGrid
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
-from ._packing import COLUMNS, PIECE_BYTES, PackedWeights, Packing
+from ._packing import PackedWeights, Packing, is_whole
 from ._plan import division
 from ._transfer import MOST_IMAGES
-from ._validate import Spec, spec_of
+from ._validate import Spec
 
 
 def pack(w: Any, packing: Packing, tf32: bool) -> Any:
@@ -146,8 +146,8 @@ def _prepare_conv(call: ConvCall) -> _Ready | None:
 def _conv_form(call: ConvCall) -> tuple[bool, ...]:
     """ConvForm of kernels/conv.cu."""
     targets = [spec for spec in (call.target.spec, call.residual) if spec is not None]
-    paired = all(_is_whole(spec, 2 * spec.itemsize) for spec in targets)
-    whole, adds = _is_whole(call.source.spec), call.residual is not None
+    paired = all(is_whole(spec, 2 * spec.itemsize) for spec in targets)
+    whole, adds = is_whole(call.source.spec), call.residual is not None
     return whole, paired, call.activates, adds, call.packing.chunks > 1
 
 
@@ -198,17 +198,6 @@ def _conv_axis(call: ConvCall, axis: int) -> tuple[int, ...]:
 def _strides(spec: Spec) -> tuple[int, ...]:
     """Strides in numbers; that of an axis of one is free."""
     return tuple(s // spec.itemsize if n > 1 else 0 for s, n in zip(spec.strides, spec.shape))
-
-
-def _is_whole(spec: Spec, size: int = PIECE_BYTES) -> bool:
-    """Whether every pixel is aligned pieces of so many bytes."""
-    outer = zip(spec.strides[:3], spec.shape[:3])
-    return (
-        (spec.shape[3] * spec.itemsize) % size == 0
-        and spec.strides[3] == spec.itemsize
-        and spec.misalignment % size == 0
-        and all(n == 1 or s % size == 0 for s, n in outer)
-    )
 
 
 @dataclass(frozen=True)
@@ -280,7 +269,7 @@ def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
     channels = call.source.shape[3]
     if 0 in (*call.target.shape, call.rows):
         return _ReadyBottleneck(bottleneck_instance("", (), ("", "", ""), 0, 1), 0, 0, _jit.Template(0, []))
-    if not (_is_whole(call.source) and _is_whole(call.target)):
+    if not (is_whole(call.source) and is_whole(call.target)):
         return None
     problem = BottleneckProblem(
         channels, call.inner, dtype.itemsize, call.layer.ksize, call.grid.bsize, call.rows, tensor

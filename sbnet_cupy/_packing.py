@@ -1,8 +1,8 @@
 """Weights of convolutions in the order in which the fused kernels take them.
 
 What a kernel sums over, channels at kernel positions, is cut into pieces of 16 bytes: 8 halves or 4 float32. Channels
-come in chunks of so many pieces; the pieces of a chunk at all kernel positions, padded with zeros to whole steps of four,
-follow each other. For 8 features and a step, lane ``4*g + t`` of a warp takes word t of each of the four pieces, of
+come in chunks of so many pieces; the pieces of a chunk at all kernel positions follow each other, padded with zeros to
+whole steps of four. For 8 features and a step, lane ``4*g + t`` of a warp takes word t of each of the four pieces, of
 feature g: 16 bytes.
 """
 
@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ._affine import check_floating
-from ._stack_conv import use_tf32
-from ._validate import array_namespace, spec_of
+from . import _device
+from ._validate import Spec
 
 #: Bytes of a piece, words in it, pieces of a step, and features that lie together.
 PIECE_BYTES, PIECE_WORDS, STEP_PIECES, COLUMNS = 16, 4, 4, 8
@@ -77,7 +76,7 @@ class PackedWeights:
     Attributes
     ----------
     source : ndarray, shape (kh, kw, C, K)
-        The weights themselves. What is written to them later is not seen.
+        The weights themselves.
     words : ndarray of uint32
         The same, packed, on a device; empty for a NumPy array.
     packing : Packing
@@ -100,6 +99,17 @@ class PackedWeights:
     def dtype(self) -> np.dtype[Any]:
         """Of the numbers."""
         return self.source.dtype  # type: ignore[no-any-return]
+
+
+def is_whole(spec: Spec, size: int = PIECE_BYTES) -> bool:
+    """Whether every pixel of a tensor [N, H, W, C] is aligned pieces of so many bytes."""
+    outer = zip(spec.strides[:3], spec.shape[:3])
+    return (
+        (spec.shape[3] * spec.itemsize) % size == 0
+        and spec.strides[3] == spec.itemsize
+        and spec.misalignment % size == 0
+        and all(n == 1 or s % size == 0 for s, n in outer)
+    )
 
 
 def pack(w: np.ndarray[Any, Any], packing: Packing, tf32: bool = False) -> np.ndarray[Any, Any]:
@@ -127,51 +137,10 @@ def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.isfinite(numbers), rounded.view(np.float32), numbers)
 
 
-def pack_weights(w: Any, *, allow_tf32: bool | None = None) -> Any:
-    """Prepare weights for the fused kernels, once for many calls.
-
-    Parameters
-    ----------
-    w : ndarray, shape (kh, kw, C, K), or BottleneckWeights
-        Weights of a convolution, or of a bottleneck: float16, bfloat16, float32 or float64.
-    allow_tf32 : bool, optional
-        As in :func:`conv2d`; calls with these weights use the same.
-
-    Returns
-    -------
-    PackedWeights or PackedBottleneck
-        For :func:`sparse_conv2d`, or :func:`sparse_res_block_bottleneck`, in place of `w`. A copy: what is written to
-        `w` later does not reach it. NumPy arrays, and float64, have nothing to be packed for; they pass through.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Not weights.
-
-    Notes
-    -----
-    With CuPy arrays, work runs on the current stream, without synchronisation: one kernel for each convolution. It
-    allocates about the size of `w`. Weights that are not packed are packed in every call, which takes a launch more.
-    """
-    from ._bottleneck import BottleneckWeights, PackedBottleneck
-
-    tf32 = use_tf32(allow_tf32)
-    if isinstance(w, BottleneckWeights):
-        packed = (pack_array(array, tf32) for array in (w.conv1, w.conv2, w.conv3))
-        return PackedBottleneck(w, *packed, None if w.project is None else pack_array(w.project, tf32))
-    array_namespace({"w": w})
-    check_floating("w", spec_of(w))
-    if len(w.shape) != 4 or min(w.shape[:2]) < 1:
-        raise ValueError(f"w: expected shape (kh, kw, C, K), got {w.shape}")
-    return pack_array(w, tf32)
-
-
 def pack_array(w: Any, tf32: bool) -> PackedWeights:
     """:class:`PackedWeights` of one convolution."""
     tf32 = tf32 and w.dtype == np.float32
     packing = packing_of(tuple(w.shape), w.dtype.itemsize if w.dtype.itemsize <= 4 else 4)
     if isinstance(w, np.ndarray) or w.dtype.itemsize > 4:
         return PackedWeights(w, np.empty(0, np.uint32), packing, tf32)
-    from . import _device
-
     return PackedWeights(w, _device.fused().pack(w, packing, tf32), packing, tf32)

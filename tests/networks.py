@@ -114,16 +114,17 @@ def activated(x: Bounded, scale: Array | None, shift: Array | None, relu: bool, 
     return rounded(x, dtype)
 
 
-def bottleneck(x: Array, weights: Any, strides: Pair, tf32: bool = False) -> Bounded:
-    """The formula of the specification; `weights` are NumPy arrays."""
+def bottleneck(x: Array, weights: Any, strides: Pair, tf32: bool = False, wide_sums: bool = False) -> Bounded:
+    """The formula of the specification; `weights` are NumPy arrays. `wide_sums`: none is rounded to a half type."""
     inner, same = exactly(x), (1, 1)
+    sums = np.dtype(np.float32) if wide_sums and x.dtype.itemsize == 2 else x.dtype
     if weights.scale1 is not None:
         inner = activated(inner, weights.scale1, weights.shift1, True, x.dtype)
-    inner = convolved(inner, weights.conv1, same, "SAME", x.dtype, tf32)
+    inner = convolved(inner, weights.conv1, same, "SAME", sums, tf32)
     inner = activated(inner, weights.scale2, weights.shift2, True, x.dtype)
-    inner = convolved(inner, weights.conv2, strides, "SAME", x.dtype, tf32)
+    inner = convolved(inner, weights.conv2, strides, "SAME", sums, tf32)
     inner = activated(inner, weights.scale3, weights.shift3, True, x.dtype)
-    inner = convolved(inner, weights.conv3, same, "SAME", x.dtype, tf32)
+    inner = convolved(inner, weights.conv3, same, "SAME", sums, tf32)
     shortcut = exactly(x)
     if weights.project is not None:
         shortcut = convolved(shortcut, weights.project, strides, "SAME", x.dtype, tf32)

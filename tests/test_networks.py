@@ -68,6 +68,7 @@ def check_conv(case: Geometry, dtype: Any, features: int, bias: bool, activation
     everywhere = np.ones(expected.value.shape[:3], bool)
     expected.assert_near(dense, everywhere)
 
+    how["engine"] = "composed"
     params = calc_block_params(x.shape, case.block(case.ksize, case.strides), w.shape, case.strides, case.padding)
     indices = BlockIndices(*map(xp.asarray, indices_of(case, params)))
     covered = networks.tiles(indices, params, expected.value.shape)
@@ -146,13 +147,14 @@ def check_bottleneck(case: Geometry, dtype: Any, ksizes: Any, first: bool, proje
         assert identical(networks.to_host(found)[~covered], shortcut[~covered])
 
     arguments = (on_weights, indices, params)
-    check(sparse_res_block_bottleneck(on_x, *arguments, strides=strides))
+    how: dict[str, Any] = {"strides": strides, "engine": "composed"}
+    check(sparse_res_block_bottleneck(on_x, *arguments, **how))
     assert identical(on_x, x)
     out = xp.asarray(random_array(rng, dense.shape, dtype))
-    assert sparse_res_block_bottleneck(on_x, *arguments, strides=strides, out=out) is out
+    assert sparse_res_block_bottleneck(on_x, *arguments, **how, out=out) is out
     check(out)
     if not project:
-        assert sparse_res_block_bottleneck(on_x, *arguments, out=on_x) is on_x
+        assert sparse_res_block_bottleneck(on_x, *arguments, **how, out=on_x) is on_x
         check(on_x)
 
 
@@ -222,7 +224,7 @@ def test_any_memory_layout(strides: int, device: Any) -> None:
     for layout in ("nchw", "misaligned", "strided", "reversed"):
         x, w, base = (lay_out(array, layout, device) for array in values.values())
         options["bias"] = device.asarray(vector)[1::2]
-        sparse = sparse_conv2d(x, w, indices, params, **options, base=base)
+        sparse = sparse_conv2d(x, w, indices, params, **options, base=base, engine="composed")
         expected.assert_near(sparse, covered)
         assert identical(networks.to_host(sparse)[~covered], values["base"][~covered])
         expected.assert_near(conv2d(x, w, **options), np.ones_like(covered))
@@ -494,7 +496,7 @@ def test_errors_of_bottlenecks() -> None:
     good.x = good.x.astype(np.float16)
     expect(TypeError, "x: expected dtype float32 like the weights, got float16", good.block)
     good.weights = None  # type: ignore[assignment]
-    expect(TypeError, "weights: expected BottleneckWeights, got NoneType", good.block)
+    expect(TypeError, "weights: expected BottleneckWeights or PackedBottleneck, got NoneType", good.block)
     good = Network()
     good.weights = BottleneckWeights.random(4, 3, out_channels=4)
     expect(ValueError, "out: expected memory of its own where there is a projection", good.block, out=good.x)
@@ -548,5 +550,6 @@ def test_batch_norm_is_folded(dtype: str) -> None:
 
 def test_exported() -> None:
     names = "BlockParams BottleneckWeights block_indices calc_block_params calc_block_params_res_block conv2d "
+    names += "PackedBottleneck PackedWeights pack_weights "
     names += "fold_batch_norm res_block_bottleneck sparse_conv2d sparse_res_block_bottleneck"
     assert set(names.split()) <= set(sbnet_cupy.__all__)

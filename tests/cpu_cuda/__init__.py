@@ -57,7 +57,7 @@ ORDERS = (
 _HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
 
 #: Modules that keep what the host code has prepared for calls.
-_CALLERS = ("_gather", "_scatter")
+_CALLERS = ("_gather", "_scatter", "_fused_network")
 
 #: What plans are made for: few multiprocessors, so that small problems are cut as large ones are on a GPU.
 LIMITS = DeviceLimits(multiprocessors=4, cta_shared=99 << 10, multiprocessor_shared=100 << 10, capability=90)
@@ -107,6 +107,7 @@ def recording() -> Iterator[dict[Instance, None]]:
     found: dict[Instance, None] = {}
     with device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "launch", lambda instance, *_: found.setdefault(instance))
+        patch.setattr(_jit, "launch_shared", lambda instance, *_, **__: found.setdefault(instance))
         yield found
 
 

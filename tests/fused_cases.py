@@ -1,0 +1,266 @@
+"""Calls of the public functions that take the fused kernels, and what must come out: on a CPU and on a GPU the same."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import networks
+import numpy as np
+import pytest
+from cases import Array, identical, lay_out
+from cpu_cuda import KernelFault, Order, device, guarded, recording, standin
+from cpu_cuda.calls import Difference
+from cpu_cuda.products import HostMultiplier
+from networks import Bounded, Geometry, Pair
+
+from sbnet_cupy import (
+    BlockIndices,
+    BlockParams,
+    BottleneckWeights,
+    block_indices,
+    calc_block_params,
+    calc_block_params_res_block,
+    pack_weights,
+    sparse_conv2d,
+    sparse_res_block_bottleneck,
+)
+from sbnet_cupy._instances import Instance
+
+FLOAT32 = np.dtype(np.float32)
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "tf32": FLOAT32,
+    "float32": FLOAT32,
+}
+
+
+@contextmanager
+def host_products() -> Iterator[None]:
+    """NumPy in place of cuBLAS, for projections."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sbnet_cupy._cublas.Multiplier", HostMultiplier)
+        yield
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """A call of a public function, on arrays of any namespace."""
+
+    name: str
+    #: float16, bfloat16, tf32 or float32.
+    arithmetic: str
+    geometry: Geometry
+    #: "new": the result is a new array; "out": given, full of other numbers; "place": what was there stays.
+    target: str = "new"
+    #: Of the image and the result.
+    layout: str = "nhwc"
+    packed: bool = True
+    #: Triples of active blocks, instead of those of the geometry's mask; and the count that goes with them.
+    triples: tuple[tuple[int, int, int], ...] | None = None
+    count: int | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.arithmetic]
+
+    @property
+    def tf32(self) -> bool:
+        return self.arithmetic == "tf32"
+
+    def random(self, seed: int, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        return np.random.default_rng((self.geometry.seed, seed)).standard_normal(shape).astype(dtype or self.dtype)
+
+    def indices(self, params: BlockParams) -> BlockIndices:
+        if self.triples is None:
+            mask = self.geometry.mask()
+            count = int(block_indices(mask, params).bin_counts[0])
+            return block_indices(mask, params, capacity=networks.capacity(self.geometry.spare, count))
+        rows = np.array(self.triples, np.int32).reshape(-1, 3)
+        return BlockIndices(rows, np.array([len(rows) if self.count is None else self.count], np.int32))
+
+    def run(self, xp: Any, engine: str = "fused") -> Any:
+        """Make the call."""
+        raise NotImplementedError
+
+    def assert_right(self, found: Any) -> None:
+        """Raise AssertionError unless that is what must come out."""
+        raise NotImplementedError
+
+    # As cpu_cuda.calls.Call:
+
+    def kernels(self) -> list[Instance]:
+        """What it would launch on a CPU."""
+        with recording() as found, host_products():
+            self.run(standin)
+        return list(found)
+
+    def check(self, order: Order, kernels: Path | None = None) -> None:
+        """Raise `KernelFault` or `Difference` unless it computes what it must, on a CPU."""
+        with device(order, kernels) as xp, host_products():
+            try:
+                found = self.run(xp).get()
+            except KernelFault as fault:
+                raise KernelFault(f"{self.name}: {fault}") from None
+        try:
+            self.assert_right(found)
+        except AssertionError as error:
+            raise Difference(f"{self.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ConvCase(FusedCase):
+    """A call of ``sparse_conv2d``."""
+
+    features: int = 8
+    bias: bool = False
+    relu: bool = False
+
+    @property
+    def params(self) -> BlockParams:
+        g = self.geometry
+        return calc_block_params(g.shape, g.block(g.ksize, g.strides), g.ksize, g.strides, g.padding)
+
+    @property
+    def weights(self) -> Array:
+        shape = (*self.geometry.ksize, self.geometry.shape[3], self.features)
+        return (self.random(1, shape, float) / np.sqrt(shape[0] * shape[1] * max(1, shape[2]))).astype(self.dtype)
+
+    @property
+    def shift(self) -> Array | None:
+        return self.random(2, (self.features,), np.float32) if self.bias else None
+
+    @property
+    def image(self) -> Array:
+        return self.random(0, self.geometry.shape)
+
+    @property
+    def base(self) -> Array:
+        shape = expected_conv(self).value.shape
+        return np.zeros(shape, self.dtype) if self.target == "new" else self.random(3, shape)
+
+    def run(self, xp: Any, engine: str = "fused") -> Any:
+        g, params = self.geometry, self.params
+        x, w = lay_out(self.image, self.layout, xp), xp.asarray(self.weights)
+        bias = None if self.shift is None else xp.asarray(self.shift)
+        indices = BlockIndices(*map(xp.asarray, self.indices(params)))
+        passed = pack_weights(w, allow_tf32=self.tf32) if self.packed else w
+        options: dict[str, Any] = {
+            "strides": g.strides, "padding": g.padding, "bias": bias, "activation": "relu" if self.relu else None,
+            "allow_tf32": self.tf32, "engine": engine,
+        }  # fmt: skip
+        base = out = None
+        if self.target != "new":
+            base = xp.asarray(self.base)
+            out = lay_out(self.base if self.target == "place" else self.random(4, base.shape), self.layout, xp)
+        given = [array for array in (x, w, bias, *indices) if array is not None]
+        with guarded(xp, given, out):
+            return sparse_conv2d(
+                x, passed, indices, params, base=out if self.target == "place" else base, out=out, **options
+            )
+
+    def assert_right(self, found: Any) -> None:
+        expected = expected_conv(self)
+        covered = networks.tiles(self.existing(), self.params, expected.value.shape)
+        assert identical(networks.to_host(found)[~covered], self.base[~covered]), "inactive pixels have changed"
+        expected.assert_near(found, covered)
+
+    def existing(self) -> BlockIndices:
+        return existing_blocks(self.indices(self.params), self.params, self.geometry.shape[0])
+
+
+@functools.lru_cache(maxsize=256)
+def expected_conv(case: ConvCase) -> Bounded:
+    """In float64, with a bound that follows from the number of terms: sums are float32, rounded once at the end."""
+    g = case.geometry
+    sums = networks.convolved(networks.exactly(case.image), case.weights, g.strides, g.padding, FLOAT32, case.tf32)
+    return networks.activated(sums, None, case.shift, case.relu, case.dtype)
+
+
+def existing_blocks(indices: BlockIndices, params: BlockParams, batch: int) -> BlockIndices:
+    """Those blocks that count and lie in the grid."""
+    rows = indices.active_block_indices[: max(0, int(indices.bin_counts[0]))]
+    inside = ((rows >= 0) & (rows < (batch, *params.bcount))).all(1)
+    return BlockIndices(rows[inside], np.array([inside.sum()], np.int32))
+
+
+@dataclass(frozen=True)
+class BottleneckCase(FusedCase):
+    """A call of ``sparse_res_block_bottleneck``; the geometry's kernel is that of the second convolution."""
+
+    inner: int = 8
+    #: Of the second and third convolution, where they differ.
+    middle: int | None = None
+    outer: tuple[Pair, Pair] = ((1, 1), (1, 1))
+    activates: bool = True
+    #: Channels of the projection's result, or None.
+    projects: int | None = None
+
+    @property
+    def weights(self) -> BottleneckWeights:
+        g = self.geometry
+        sizes = (g.shape[3], self.inner, self.middle or self.inner, self.projects or g.shape[3])
+        ksizes = (self.outer[0], g.ksize, self.outer[1])
+        arrays: dict[str, Any] = {}
+        for number, (ksize, channels, features) in enumerate(zip(ksizes, sizes, sizes[1:]), 1):
+            shape = (*ksize, channels, features)
+            scaled = self.random(10 + number, shape, float) * np.sqrt(2 / (ksize[0] * ksize[1] * channels))
+            arrays[f"conv{number}"] = scaled.astype(self.dtype)
+            arrays[f"scale{number}"] = self.random(20 + number, (channels,), np.float32)
+            # Most shifts leave ReLU above 0, so that a border that is not zeroed shows.
+            arrays[f"shift{number}"] = self.random(30 + number, (channels,), np.float32) + np.float32(1)
+        if not self.activates:
+            arrays["scale1"] = arrays["shift1"] = None
+        project = self.random(40, (1, 1, sizes[0], sizes[3])) if self.projects else None
+        return BottleneckWeights(**arrays, project=project)
+
+    @property
+    def params(self) -> BlockParams:
+        g, (first, last) = self.geometry, self.outer
+        k = [a + b - 1 + s * (c - 1) for a, b, c, s in zip(first, g.ksize, last, g.strides)]
+        block = g.block((k[0], k[1]), g.strides)
+        return calc_block_params_res_block(g.shape, block, (first, g.ksize, last), g.strides, "SAME")
+
+    @property
+    def image(self) -> Array:
+        return self.random(0, self.geometry.shape)
+
+    def run(self, xp: Any, engine: str = "fused") -> Any:
+        params, plain = self.params, self.weights
+        x = lay_out(self.image, self.layout, xp)
+        arrays = {name: a if a is None else xp.asarray(a) for name, a in vars(plain).items()}
+        weights = BottleneckWeights(**arrays)
+        indices = BlockIndices(*map(xp.asarray, self.indices(params)))
+        passed = pack_weights(weights, allow_tf32=self.tf32) if self.packed else weights
+        out = x if self.target == "place" else None
+        if self.target == "out":
+            out = lay_out(self.random(4, expected_bottleneck(self).value.shape), self.layout, xp)
+        given = [array for array in (*arrays.values(), *indices) if array is not None]
+        options = {"strides": self.geometry.strides, "allow_tf32": self.tf32, "engine": engine}
+        with guarded(xp, given if out is x else [x, *given], out):
+            return sparse_res_block_bottleneck(x, passed, indices, params, out=out, **options)
+
+    def assert_right(self, found: Any) -> None:
+        expected = expected_bottleneck(self)
+        indices = existing_blocks(self.indices(self.params), self.params, self.geometry.shape[0])
+        covered = networks.tiles(indices, self.params, expected.value.shape)
+        if not self.projects:
+            assert identical(networks.to_host(found)[~covered], self.image[~covered]), "inactive pixels have changed"
+        else:
+            shortcut = networks.convolved(
+                networks.exactly(self.image), self.weights.project, self.geometry.strides, "SAME", self.dtype, self.tf32
+            )
+            networks.rounded(shortcut, self.dtype).assert_near(found, ~covered)
+        expected.assert_near(found, covered)
+
+
+@functools.lru_cache(maxsize=256)
+def expected_bottleneck(case: BottleneckCase) -> Bounded:
+    """In float64, with a bound: sums are float32, and rounded between the convolutions and at the end."""
+    return networks.bottleneck(case.image, case.weights, case.geometry.strides, case.tf32, wide_sums=True)
