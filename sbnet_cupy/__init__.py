@@ -8,6 +8,7 @@ from ._bottleneck import BottleneckWeights, fold_batch_norm, res_block_bottlenec
 from ._conv import conv2d, sparse_conv2d
 from ._conv_geometry import BlockParams, calc_block_params, calc_block_params_res_block
 from ._gather import sparse_gather
+from ._grad import ScatterGrad, sparse_gather_grad, sparse_scatter_grad
 from ._jit import KernelCompileError, build_at_import, precompile
 from ._reduce_mask import BlockIndices, block_indices, reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_var
@@ -22,6 +23,7 @@ __all__ = [
     "BlockTuning",
     "BottleneckWeights",
     "KernelCompileError",
+    "ScatterGrad",
     "block_indices",
     "calc_block_params",
     "calc_block_params_res_block",
@@ -32,8 +34,10 @@ __all__ = [
     "res_block_bottleneck",
     "sparse_conv2d",
     "sparse_gather",
+    "sparse_gather_grad",
     "sparse_res_block_bottleneck",
     "sparse_scatter",
+    "sparse_scatter_grad",
     "sparse_scatter_var",
     "tune_block_size",
 ]
