@@ -12,7 +12,7 @@ import numpy as np
 
 from ._gather import sparse_gather
 from ._geometry import BlockGrid, parse_grid
-from ._scatter import sparse_scatter, sparse_scatter_var
+from ._scatter import sparse_scatter_var
 from ._validate import (
     Look,
     Spec,
@@ -168,7 +168,7 @@ def sparse_scatter_grad(
     grid, transpose = parse_grid(bsize, boffset, bstride), bool(transpose)
     _check_image(*map(look_at, named.values()), current_device(xp))
     _check_outs(outs, named, grid, transpose, current_device(xp))
-    rows = _Rows(xp, bin_counts, active_block_indices, grid)
+    rows = Rows(xp, bin_counts, active_block_indices, grid)
     grad_blocks = rows.grad_of_blocks(grad_y, bool(add), transpose, outs[0])
     if not add:
         return ScatterGrad(grad_blocks, rows.grad_of_base(grad_y, outs[1]))
@@ -177,7 +177,7 @@ def sparse_scatter_grad(
     return ScatterGrad(grad_blocks, grad_y if outs[1] is None else outs[1])
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The rows of the indices of one call, which are already checked."""
 
     xp: ModuleType
@@ -199,10 +199,19 @@ class _Rows(NamedTuple):
         return self._gather(grad_y, self.grid, self._without_rewritten(grad_y.shape), transpose, out)
 
     def grad_of_base(self, grad_y: Any, out: Any) -> Any:
-        """The gradient, but 0 in the pixels of blocks."""
-        xp, shape = self.xp, stack_shape(self.indices.shape[0], grad_y.shape[3], self.grid, transpose=False)
-        nothing = xp.broadcast_to(xp.zeros((1, *shape[1:]), grad_y.dtype), shape)
-        return sparse_scatter(nothing, self.bin_counts, self.indices, grad_y, **self.grid._asdict(), out=out)
+        """The gradient by the base."""
+        if out is None:
+            out = grad_y.copy(order="K")
+        else:
+            self.xp.copyto(out, grad_y)
+        self.clear(out)
+        return out
+
+    def clear(self, x: Any) -> None:
+        """Zero the pixels of the blocks in `x`."""
+        xp, shape = self.xp, stack_shape(self.indices.shape[0], x.shape[3], self.grid, transpose=False)
+        nothing = xp.broadcast_to(xp.zeros((1, *shape[1:]), x.dtype), shape)
+        sparse_scatter_var(nothing, self.bin_counts, self.indices, x, **self.grid._asdict())
 
     def _without_rewritten(self, shape: Sequence[int]) -> Any:
         """The indices, with (-1, -1, -1) in each row whose block a later row names again: blocks do not overlap."""
