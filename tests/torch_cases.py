@@ -46,3 +46,17 @@ def lay_out(tensor: Any, layout: str) -> Any:
         view.copy_(tensor)
         return view
     return tensor[:, :1].contiguous().expand(n, c, h, w)
+
+
+def random_state(module: Any, seed: int = 0) -> Any:
+    """Random parameters and statistics: no batch norm is the identity, and no ReLU takes all away."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                values = torch.rand(tensor.shape, generator=generator)
+                if tensor.dim() > 1:
+                    tensor.copy_(2 * values - 1)
+                else:
+                    tensor.copy_(values + 0.5 if name.endswith(("weight", "var")) else values - 0.3)
+    return module

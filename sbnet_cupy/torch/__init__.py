@@ -6,10 +6,16 @@ format, and never copied on their way; work runs on PyTorch's current stream; me
 """
 
 from .._reduce_mask import BlockIndices
+from ._bottleneck import SparseBottleneck
+from ._conv import SparseConv2d
+from ._grid import SparseBlockGrid
 from ._ops import reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_
 
 __all__ = [
     "BlockIndices",
+    "SparseBlockGrid",
+    "SparseBottleneck",
+    "SparseConv2d",
     "reduce_mask",
     "sparse_gather",
     "sparse_scatter",

@@ -16,8 +16,9 @@ from .._reduce_mask import BlockIndices
 from ._arrays import as_array, as_image, at, channels_last, memory_format, namespace
 from ._check import check_blocks, check_devices, check_image, check_mask, check_rows, check_tensors
 
-_ROWS = "Tensor bin_counts, Tensor active_block_indices"
-_GRID = "int[] bsize, int[] boffset, int[] bstride"
+#: Of the schemas: the active blocks, and the grid that they belong to.
+ROWS_SCHEMA = "Tensor bin_counts, Tensor active_block_indices"
+_GRID_SCHEMA = "int[] bsize, int[] boffset, int[] bstride"
 
 
 def reduce_mask(
@@ -64,7 +65,7 @@ def reduce_mask(
 @torch.library.custom_op(
     "sbnet_cupy::reduce_mask",
     mutates_args=(),
-    schema=f"(Tensor mask, int[] bcount, {_GRID}, float tol, bool avgpool, int? capacity) -> (Tensor, Tensor)",
+    schema=f"(Tensor mask, int[] bcount, {_GRID_SCHEMA}, float tol, bool avgpool, int? capacity) -> (Tensor, Tensor)",
 )
 def _reduce_mask(
     mask: Any, bcount: Any, bsize: Any, boffset: Any, bstride: Any, tol: Any, avgpool: Any, capacity: Any
@@ -136,11 +137,13 @@ def sparse_gather(
     it has none of its own.
     """
     check_tensors(x=x, bin_counts=bin_counts, active_block_indices=active_block_indices)
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     return _gather(x, bin_counts, active_block_indices, *_grid(bsize, boffset, bstride))
 
 
-@torch.library.custom_op("sbnet_cupy::gather", mutates_args=(), schema=f"(Tensor x, {_ROWS}, {_GRID}) -> Tensor")
+@torch.library.custom_op(
+    "sbnet_cupy::gather", mutates_args=(), schema=f"(Tensor x, {ROWS_SCHEMA}, {_GRID_SCHEMA}) -> Tensor"
+)
 def _gather(x: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
     check_image("x", x)
     check_rows(x, bin_counts, active_block_indices)
@@ -190,7 +193,7 @@ _gather.register_autograd(_gather_backward, setup_context=_gather_setup)
 @torch.library.custom_op(
     "sbnet_cupy::gather_grad",
     mutates_args=(),
-    schema=f"(Tensor grad_blocks, {_ROWS}, SymInt[] x_shape, {_GRID}, bool channels_last) -> Tensor",
+    schema=f"(Tensor grad_blocks, {ROWS_SCHEMA}, SymInt[] x_shape, {_GRID_SCHEMA}, bool channels_last) -> Tensor",
 )
 def _gather_grad(
     grad_blocks: Any,
@@ -275,7 +278,7 @@ def sparse_scatter(
     :func:`sbnet_cupy.sparse_scatter_grad`, bitwise reproducible; they have none of their own.
     """
     check_tensors(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
-    blocks, x = _autocast(blocks, x)
+    blocks, x = autocast(blocks, x)
     grid = _grid(bsize, boffset, bstride)
     return _scatter(blocks, bin_counts, active_block_indices, x, *grid, bool(add), bool(atomic))
 
@@ -283,7 +286,7 @@ def sparse_scatter(
 @torch.library.custom_op(
     "sbnet_cupy::scatter",
     mutates_args=(),
-    schema=f"(Tensor blocks, {_ROWS}, Tensor x, {_GRID}, bool add, bool atomic) -> Tensor",
+    schema=f"(Tensor blocks, {ROWS_SCHEMA}, Tensor x, {_GRID_SCHEMA}, bool add, bool atomic) -> Tensor",
 )
 def _scatter(
     blocks: Any,
@@ -370,7 +373,9 @@ _scatter.register_autograd(_scatter_backward, setup_context=_scatter_setup)
 
 
 @torch.library.custom_op(
-    "sbnet_cupy::scatter_grad_blocks", mutates_args=(), schema=f"(Tensor grad_y, {_ROWS}, {_GRID}) -> Tensor"
+    "sbnet_cupy::scatter_grad_blocks",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, {ROWS_SCHEMA}, {_GRID_SCHEMA}) -> Tensor",
 )
 def _scatter_grad_blocks(
     grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any
@@ -388,7 +393,7 @@ def _(grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffs
 
 
 @torch.library.custom_op(
-    "sbnet_cupy::scatter_grad_x", mutates_args=(), schema=f"(Tensor grad_y, {_ROWS}, {_GRID}) -> Tensor"
+    "sbnet_cupy::scatter_grad_x", mutates_args=(), schema=f"(Tensor grad_y, {ROWS_SCHEMA}, {_GRID_SCHEMA}) -> Tensor"
 )
 def _scatter_grad_x(
     grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any
@@ -463,7 +468,7 @@ def sparse_scatter_(
 @torch.library.custom_op(
     "sbnet_cupy::scatter_",
     mutates_args=("x",),
-    schema=f"(Tensor blocks, {_ROWS}, Tensor(a!) x, {_GRID}, bool add, bool atomic) -> ()",
+    schema=f"(Tensor blocks, {ROWS_SCHEMA}, Tensor(a!) x, {_GRID_SCHEMA}, bool add, bool atomic) -> ()",
 )
 def _scatter_var(
     blocks: Any,
@@ -521,7 +526,7 @@ def _grid(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence[int]) 
     return list(bsize), list(boffset), list(bstride)
 
 
-def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """What autocast makes of the inputs of a convolution."""
     if not _is_autocasting(tensors[0]):
         return tensors
