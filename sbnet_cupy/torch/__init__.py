@@ -6,6 +6,7 @@ format, and never copied on their way; work runs on PyTorch's current stream; me
 """
 
 from .._reduce_mask import BlockIndices
+from ._block_sparse import BlockSparse
 from ._bottleneck import SparseBottleneck
 from ._conv import SparseConv2d
 from ._grid import SparseBlockGrid
@@ -13,6 +14,7 @@ from ._ops import reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_
 
 __all__ = [
     "BlockIndices",
+    "BlockSparse",
     "SparseBlockGrid",
     "SparseBottleneck",
     "SparseConv2d",
