@@ -87,7 +87,23 @@ class EncoderStage(nn.Module):
         return functional.gelu(c, approximate="tanh") * 0.5 + functional.relu(c, inplace=False) - 1
 
 
+class Activated(nn.Module):
+    """Convolutions of what is, or is no longer, 0 outside of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmoid = nn.Sigmoid()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 3, 3, padding=1) for _ in range(5))
+
+    def forward(self, x: Any) -> Any:
+        a, b, c, d, e = self.convs
+        return (
+            a(self.sigmoid(x)) * b(x + 1) + c(torch.sub(x, other=1)) * d(1 - x.relu()) + e(functional.gelu(2 * x + x))
+        )
+
+
 NETWORKS = {
+    "activated": (Activated, (1, 1, 1, 1)),
     "basic": (lambda: BasicBlock(4), (2, 2, 2, 2)),
     "two-basic": (lambda: nn.Sequential(BasicBlock(4), BasicBlock(4)), (4, 4, 4, 4)),
     "bottleneck": (lambda: Bottleneck(4, 6, 8), (2, 2, 2, 2)),
