@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import io
 import json
 import re
@@ -16,40 +17,65 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
-FENCE = re.compile(r"^(?P<gpu><!-- needs: gpu -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^<!-- command: (\w+) -->\n```\w*\n(.*)\n```$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+on_device = pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+
+
+@on_device
 def test_python_blocks_run(device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace.
 
-    Without a device, `import cupy as cp` means NumPy, and blocks directly after a line
-    ``<!-- needs: gpu -->`` are left out.
+    Without a device, `import cupy as cp` means NumPy. Blocks directly after a line ``<!-- needs: gpu -->`` or
+    ``<!-- needs: jax -->`` are left out where there is none.
     """
-    text = README.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    run_blocks(README, device)
+
+
+@on_device
+def test_the_recipes_for_pytorch_run(device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    if not device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_blocks(ROOT / "docs" / "pytorch.md", device)
+
+
+def run_blocks(page: Path, device: bool) -> None:
+    text = page.read_text(encoding="utf-8")
     blocks = list(FENCE.finditer(text))
     assert blocks
     assert len(blocks) == text.count("```python")
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": page.stem}
     for block in blocks:
+        if not all(has(name, device) for name in re.findall(r"\w+", block["needs"] or "")):
+            continue
         code = block["code"]
         if not device:
-            if block["gpu"]:
-                continue
             code = re.sub(r"\bimport cupy\b(?! as)", "import numpy as cupy", code)
             code = code.replace("import cupy as", "import numpy as")
-        run_block(code, text.count("\n", 0, block.start("code")), namespace)
+        run_block(code, text.count("\n", 0, block.start("code")), namespace, page)
 
 
-def run_block(code: str, line: int, namespace: dict[str, Any]) -> None:
-    """Run `code`, which begins after `line` lines of the README: as a doctest where it has prompts."""
+def has(name: str, device: bool) -> bool:
+    """Whether there is what a block needs; of JAX, a build for the device that the page is run on."""
+    if name == "gpu":
+        return device
+    if importlib.util.find_spec(name) is None:
+        return False
+    return name != "jax" or importlib.import_module("jax").default_backend() == ("gpu" if device else "cpu")
+
+
+def run_block(code: str, line: int, namespace: dict[str, Any], page: Path) -> None:
+    """Run `code`, which begins after `line` lines of a page: as a doctest where it has prompts."""
     if ">>> " not in code:
-        # Empty lines in front, so that a traceback names the README's line.
-        exec(compile("\n" * line + code, str(README), "exec"), namespace)
+        # Empty lines in front, so that a traceback names the page's line.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
         return
-    example = doctest.DocTestParser().get_doctest(code, namespace, "README.md", str(README), line)
+    example = doctest.DocTestParser().get_doctest(code, namespace, page.name, str(page), line)
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     failed, _ = runner.run(example, out=report.write, clear_globs=False)
