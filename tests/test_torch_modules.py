@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ torch = pytest.importorskip("torch")
 from torch_cases import lay_out, on_devices, random_mask, random_state, random_tensor  # noqa: E402
 
 import sbnet_cupy  # noqa: E402
-from sbnet_cupy.torch import SparseBlockGrid, SparseBottleneck, SparseConv2d, sparse_gather  # noqa: E402
+from sbnet_cupy.torch import (  # noqa: E402
+    SparseBlockGrid,
+    SparseBottleneck,
+    SparseConv2d,
+    _bottleneck,
+    _conv,
+    sparse_gather,
+)
 from sbnet_cupy.torch._grid import Margin  # noqa: E402
 
 functional = torch.nn.functional
@@ -366,6 +374,40 @@ def test_copies(name: str, device: str) -> None:
                 parameter.mul_(2)
             assert not torch.equal(other(x, grid), expected)
         assert torch.equal(module(x, grid), expected)
+
+
+@on_devices
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(device: str, layout: str) -> None:
+    x, (indices, counts) = lay_out(random_tensor(2, 4, 21, 30, device=device), layout), make_grid(device).rows
+    check = torch.library.opcheck
+    conv = random_state(SparseConv2d(4, 6, 3)).to(device)
+    with torch.no_grad():
+        for bias, base in ((conv.bias, None), (None, random_tensor(2, 6, 21, 30, device=device))):
+            check(_conv._sparse_conv2d, (x, *conv.fold(), bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
+        for out in (None, 6):
+            block = random_state(SparseBottleneck(4, 3, out)).to(device)
+            check(_bottleneck._sparse_bottleneck, (x, block.fold(), counts, indices, [8, 8]))
+
+
+@on_devices
+def test_distributed_data_parallel(device: str, tmp_path: Path) -> None:
+    """One process: hooks, buckets and buffers are all there."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        grid, x = make_grid(device), random_tensor(2, 4, 21, 30, device=device)
+        alone = random_state(SparseBottleneck(4, 3)).to(device)
+        wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+        for _ in range(2):
+            for module in (alone, wrapped):
+                module(x, grid).square().sum().backward()
+        for found, expected in zip(wrapped.module.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad)
+        assert torch.equal(wrapped.module.bn1.running_mean, alone.bn1.running_mean)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ import sbnet_cupy  # noqa: E402
 import sbnet_cupy.torch as sparse  # noqa: E402
 from sbnet_cupy._validate import address_of  # noqa: E402
 from sbnet_cupy.torch import _ops  # noqa: E402
-from sbnet_cupy.torch._arrays import as_array  # noqa: E402
+from sbnet_cupy.torch._arrays import as_array, namespace  # noqa: E402
 
 DTYPES = [
     torch.bool,
@@ -113,6 +113,25 @@ def test_nothing_at_all(device: str) -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
     empty = torch.empty(0, 5, 21, 30, device=device)
     assert sparse.sparse_gather(empty, *active(device)[::-1], **HALO).abs().sum() == 0
+
+
+@on_devices
+def test_lazy_conjugates_and_negatives(device: str) -> None:
+    """PyTorch leaves them to those who read; what the library reads has them done."""
+    x, rows = random_tensor(2, 5, 21, 30, dtype=torch.complex64, device=device), active(device)[::-1]
+    for lazy in (x.conj(), x.conj().imag):
+        assert lazy.is_conj() or lazy.is_neg()
+        found = sparse.sparse_gather(lazy, *rows, **HALO)
+        assert torch.equal(found, sparse.sparse_gather(lazy.resolve_conj().resolve_neg().clone(), *rows, **HALO))
+
+
+@on_devices
+def test_inference_mode(device: str) -> None:
+    x, mask = random_tensor(2, 5, 21, 30, device=device), random_mask(2, 21, 30, device=device)
+    expected = chain(x, mask, 24)
+    with torch.inference_mode():
+        assert torch.equal(chain(x, mask, 24), expected)
+        assert torch.equal(chain(x.clone(), mask.clone(), None, in_place=True), chain(x, mask, None, in_place=True))
 
 
 def small(device: str) -> tuple[Any, Any]:
@@ -468,6 +487,13 @@ class TestErrors:
         x, rows = random_tensor(2, 5, 21, 30, device="cuda"), active("cpu")[::-1]
         message = "bin_counts: expected a tensor on cuda:0 like x, got one on cpu"
         self.expect(ValueError, message, lambda: sparse.sparse_gather(x, *rows, **TILES))
+
+    def test_of_a_gpu_without_cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        with pytest.raises(ImportError, match=r"tensors on a GPU need CuPy: pip install .sbnet-cupy\[cu13\]."):
+            namespace(torch.device("cuda", 0))
+        with pytest.raises(TypeError, match="device: expected a CPU or CUDA tensor, got one on xpu:0"):
+            namespace(torch.device("xpu", 0))
 
     def test_of_other_devices(self) -> None:
         x = torch.empty(2, 5, 21, 30, device="meta")
