@@ -18,7 +18,7 @@ from torch_cases import HALO, LAYOUTS, TILES, lay_out, on_devices, random_mask, 
 import sbnet_cupy  # noqa: E402
 import sbnet_cupy.torch as sparse  # noqa: E402
 from sbnet_cupy._validate import address_of  # noqa: E402
-from sbnet_cupy.torch import _ops  # noqa: E402
+from sbnet_cupy.torch import _arrays, _ops  # noqa: E402
 from sbnet_cupy.torch._arrays import as_array, namespace  # noqa: E402
 
 DTYPES = [
@@ -300,6 +300,27 @@ def test_nothing_is_copied(device: str, layout: str, monkeypatch: pytest.MonkeyP
         assert seen["sparse_scatter_var"] == [t.data_ptr() for t in (stack, *rows, x)]
         y = sparse.sparse_scatter(stack, *rows, x, **HALO)
         assert seen["sparse_scatter_var"] == [t.data_ptr() for t in (stack, *rows, y)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_cupy_is_told(layout: str, dtype: Any) -> None:
+    """Where a tensor lies, in bytes: nothing that needs a device."""
+    pytest.importorskip("cupy")
+    x = lay_out(random_tensor(2, 5, 21, 30, dtype=dtype), layout)
+    for tensor in (x, x[:0], x[:, 2:, 1:, ::3]):
+        array, same_on_host = _arrays._cupy_array(tensor, as_array(tensor).dtype, 3), as_array(tensor)
+        assert array.shape == same_on_host.shape
+        assert array.strides == same_on_host.strides or array.size == 0
+        assert array.dtype == same_on_host.dtype
+        assert array.data.ptr == tensor.data_ptr()
+        assert array.data.device_id == 3
+
+
+def test_streams_are_pytorchs() -> None:
+    pytest.importorskip("cupy")
+    for pointer in (0, 5, 2**40):
+        assert _arrays._stream(pointer).ptr == pointer
 
 
 @pytest.mark.gpu

@@ -62,10 +62,16 @@ def as_array(tensor: torch.Tensor) -> Any:
         tensor = tensor.detach()
         # NumPy takes no bfloat16 from PyTorch.
         return tensor.view(torch.int16).numpy().view(dtype) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    size = tensor.untyped_storage().nbytes()
-    memory = xp.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
+    return _cupy_array(tensor, dtype, tensor.device.index)
+
+
+def _cupy_array(tensor: torch.Tensor, dtype: np.dtype[Any], device: int) -> Any:
+    """The CuPy array in the memory of a tensor, which it keeps alive: without the events of DLPack on two streams."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor, device)
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-    return xp.ndarray(tuple(tensor.shape), dtype, xp.cuda.MemoryPointer(memory, 0), strides)
+    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
 def as_image(tensor: torch.Tensor) -> Any:
