@@ -134,7 +134,7 @@ class SparseBlockGrid(NamedTuple):
     def inside(self, margin: Margin = NO_MARGIN) -> Tensor:
         """Which pixels of gathered tiles lie in an image: bool ``[M, 1, ...]``, False in unused rows."""
         n, i, j = self.rows.active_block_indices.long().unbind(1)
-        row = torch.arange(len(n), device=n.device)
+        row = torch.arange(n.shape[0], device=n.device)
         used = (row < self.rows.bin_counts) & (n >= 0) & (n < self.batch)
         vertical = _inside(i, self.tile[0], self.size[0], margin.top, margin.bottom) & used[:, None]
         horizontal = _inside(j, self.tile[1], self.size[1], margin.left, margin.right)
@@ -142,7 +142,7 @@ class SparseBlockGrid(NamedTuple):
 
     def pixels(self) -> Tensor:
         """Which pixels of the images lie in an active tile: bool ``[N, 1, H, W]``."""
-        ones = self.rows.bin_counts.new_ones((len(self.rows.active_block_indices), 1, *self.tile), dtype=torch.bool)
+        ones = self.rows.bin_counts.new_ones((self.rows.active_block_indices.shape[0], 1, *self.tile), dtype=torch.bool)
         return self.onto_zeros(ones)
 
     def check(self, name: str, x: Tensor) -> None:
