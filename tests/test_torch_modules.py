@@ -384,10 +384,10 @@ def test_opcheck(device: str, layout: str) -> None:
     conv = random_state(SparseConv2d(4, 6, 3)).to(device)
     with torch.no_grad():
         for bias, base in ((conv.bias, None), (None, random_tensor(2, 6, 21, 30, device=device))):
-            check(_conv._sparse_conv2d, (x, *conv.fold(), bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
+            check(_conv.conv2d_op, (x, *conv.fold(), bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
         for out in (None, 6):
             block = random_state(SparseBottleneck(4, 3, out)).to(device)
-            check(_bottleneck._sparse_bottleneck, (x, block.fold(), counts, indices, [8, 8]))
+            check(_bottleneck.bottleneck_op, (x, block.fold(), counts, indices, [8, 8]))
 
 
 @on_devices

@@ -18,7 +18,7 @@ from torch_cases import HALO, LAYOUTS, TILES, lay_out, on_devices, random_mask, 
 import sbnet_cupy  # noqa: E402
 import sbnet_cupy.torch as sparse  # noqa: E402
 from sbnet_cupy._validate import address_of  # noqa: E402
-from sbnet_cupy.torch import _arrays, _ops  # noqa: E402
+from sbnet_cupy.torch import _arrays, _gather, _reduce_mask, _scatter  # noqa: E402
 from sbnet_cupy.torch._arrays import as_array, namespace  # noqa: E402
 
 DTYPES = [
@@ -189,13 +189,13 @@ def test_opcheck(device: str, layout: str) -> None:
     mask = random_tensor(2, 5, 6, device=device)
     check = torch.library.opcheck
     for capacity in (None, 7):
-        check(_ops._reduce_mask, (mask, [2, 2], *grid, 0.5, False, capacity))
-    check(_ops._gather, (x, *rows, *grid))
+        check(_reduce_mask.reduce_mask_op, (mask, [2, 2], *grid, 0.5, False, capacity))
+    check(_gather.gather_op, (x, *rows, *grid))
     for add in (False, True):
-        check(_ops._scatter, (blocks, *rows, x, *grid, add, add))
-        check(_ops._scatter_var, (blocks.detach(), *rows, x.detach().clone(), *grid, add, add))
-    check(_ops._gather_grad, (blocks.detach(), *rows, list(x.shape), *grid, layout == "channels_last"))
-    for op in (_ops._scatter_grad_blocks, _ops._scatter_grad_x):
+        check(_scatter.scatter_op, (blocks, *rows, x, *grid, add, add))
+        check(_scatter.scatter_in_place_op, (blocks.detach(), *rows, x.detach().clone(), *grid, add, add))
+    check(_gather.gather_grad_op, (blocks.detach(), *rows, list(x.shape), *grid, layout == "channels_last"))
+    for op in (_scatter.scatter_grad_blocks_op, _scatter.scatter_grad_x_op):
         check(op, (x.detach(), *rows, *grid))
 
 

@@ -9,8 +9,10 @@ from .._reduce_mask import BlockIndices
 from ._block_sparse import BlockSparse
 from ._bottleneck import SparseBottleneck
 from ._conv import SparseConv2d
+from ._gather import sparse_gather
 from ._grid import SparseBlockGrid
-from ._ops import reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_
+from ._reduce_mask import reduce_mask
+from ._scatter import sparse_scatter, sparse_scatter_
 
 __all__ = [
     "BlockIndices",

@@ -126,8 +126,3 @@ def _allocator() -> Any:
 def channels_last(tensor: torch.Tensor) -> bool:
     """Whether the channels of a pixel lie side by side, so that results should lie so as well."""
     return bool(tensor.stride(1) == 1)
-
-
-def memory_format(is_last: bool) -> torch.memory_format:
-    """PyTorch's word for it."""
-    return torch.channels_last if is_last else torch.contiguous_format

@@ -10,12 +10,12 @@ from torch.nn import functional
 
 import sbnet_cupy
 
-from ._arrays import as_array, as_image, at, channels_last, memory_format
+from ._arrays import as_array, as_image, at, channels_last
 from ._check import check_image, check_rows
+from ._common import ROWS_SCHEMA, autocast, new_images
 from ._conv import same_margin, tile_params
 from ._folding import FoldsInEval, allow_tf32, fold_norm, pack_weight, takes_gradients
 from ._grid import NO_MARGIN, Margin, SparseBlockGrid, crop
-from ._ops import ROWS_SCHEMA, autocast
 
 
 class SparseBottleneck(FoldsInEval):
@@ -113,7 +113,7 @@ class SparseBottleneck(FoldsInEval):
             return self._composed(x, grid)
         # Factors and summands stay as they are.
         weights = [w if 3 <= k < 9 else autocast(w)[0] for k, w in enumerate(self.folded())]
-        return _sparse_bottleneck(x, weights, *grid.rows[::-1], list(grid.tile))
+        return bottleneck_op(x, weights, *grid.rows[::-1], list(grid.tile))
 
     def _dense(self, x: Tensor) -> Tensor:
         y = self.conv1(functional.relu(self.bn1(x)))
@@ -174,12 +174,12 @@ def _statistics(tiles: Tensor, own: Tensor, norm: torch.nn.BatchNorm2d) -> tuple
     mutates_args=(),
     schema=f"(Tensor x, Tensor[] weights, {ROWS_SCHEMA}, int[] tile) -> Tensor",
 )
-def _sparse_bottleneck(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
+def bottleneck_op(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
     check_image("x", x)
     check_rows(x, bin_counts, active_block_indices)
     # With an identity for a shortcut, the library works in place.
     in_place = len(weights) == 9
-    y = x.detach().clone() if in_place else _new_images(x, weights)
+    y = x.detach().clone() if in_place else _new_result(x, weights)
     arrays = [as_array(weight) for weight in weights]
     folded = sbnet_cupy.BottleneckWeights(*arrays[:3], *arrays[3:9], *arrays[9:])
     image, out = as_image(x), as_image(y)
@@ -191,11 +191,10 @@ def _sparse_bottleneck(x: Any, weights: Any, bin_counts: Any, active_block_indic
     return y
 
 
-@_sparse_bottleneck.register_fake
+@bottleneck_op.register_fake
 def _(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
-    return torch.empty_like(x) if len(weights) == 9 else _new_images(x, weights)
+    return torch.empty_like(x) if len(weights) == 9 else _new_result(x, weights)
 
 
-def _new_images(x: Tensor, weights: list[Tensor]) -> Tensor:
-    shape = (x.shape[0], weights[2].shape[3], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last(x)))
+def _new_result(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return new_images(x, (x.shape[0], weights[2].shape[3], *x.shape[2:]), channels_last(x))

@@ -11,11 +11,11 @@ from torch import Tensor
 import sbnet_cupy
 
 from .._conv_geometry import BlockParams, calc_block_params_res_block
-from ._arrays import as_array, as_image, at, channels_last, memory_format
+from ._arrays import as_array, as_image, at, channels_last
 from ._check import check_image, check_rows
+from ._common import ROWS_SCHEMA, autocast, new_images
 from ._folding import FoldsInEval, allow_tf32, pack_weight, takes_gradients
 from ._grid import Margin, SparseBlockGrid
-from ._ops import ROWS_SCHEMA, autocast
 
 
 class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
@@ -105,7 +105,7 @@ class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
         x, weight = autocast(x, weight)
         bias = None if self.bias is None else self.bias.to(_wide(x.dtype))
         base = None if base is None else base.to(x.dtype)
-        return _sparse_conv2d(x, weight, bias, base, *grid.rows[::-1], list(grid.tile), list(self.margin))
+        return conv2d_op(x, weight, bias, base, *grid.rows[::-1], list(grid.tile), list(self.margin))
 
 
 def _wide(dtype: Any) -> Any:
@@ -153,7 +153,7 @@ def tile_params(
         f"(Tensor x, Tensor weight, Tensor? bias, Tensor? base, {ROWS_SCHEMA}, int[] tile, int[] margin) -> Tensor"
     ),
 )
-def _sparse_conv2d(
+def conv2d_op(
     x: Any,
     weight: Any,
     bias: Any,
@@ -165,7 +165,7 @@ def _sparse_conv2d(
 ) -> Any:
     check_image("x", x)
     check_rows(x, bin_counts, active_block_indices)
-    y = _new_images(x, weight)
+    y = _new_result(x, weight)
     image = as_image(x)
     top, bottom, left, right = margin
     padding = (top, bottom), (left, right)
@@ -185,7 +185,7 @@ def _sparse_conv2d(
     return y
 
 
-@_sparse_conv2d.register_fake
+@conv2d_op.register_fake
 def _(
     x: Any,
     weight: Any,
@@ -196,10 +196,9 @@ def _(
     tile: Any,
     margin: Any,
 ) -> Any:
-    return _new_images(x, weight)
+    return _new_result(x, weight)
 
 
-def _new_images(x: Tensor, weight: Tensor) -> Tensor:
-    """Memory for the result of a convolution of `x` with weights ``[kh, kw, C, K]``."""
-    shape = (x.shape[0], weight.shape[3], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last(x)))
+def _new_result(x: Tensor, weight: Tensor) -> Tensor:
+    """Memory for the convolution of `x` with weights ``[kh, kw, C, K]``."""
+    return new_images(x, (x.shape[0], weight.shape[3], *x.shape[2:]), channels_last(x))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .._geometry import parse_pair
 from .._reduce_mask import BlockIndices
-from ._ops import reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_
+from ._gather import sparse_gather
+from ._reduce_mask import reduce_mask
+from ._scatter import sparse_scatter, sparse_scatter_
 
 
 class Margin(NamedTuple):
