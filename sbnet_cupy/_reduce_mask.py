@@ -109,7 +109,7 @@ def reduce_mask(
     """
     xp = array_namespace({"mask": mask})
     grid = parse_grid(bsize, boffset, bstride)
-    blocks, threshold, avgpool, capacity = _parse(bcount, tol, avgpool, capacity)
+    blocks, threshold, avgpool, capacity = parse_reduction(bcount, tol, avgpool, capacity)
     spec = _check(spec_of(mask), blocks, current_device(xp))
     if out is not None:
         _check_out(out, mask, blocks, capacity, current_device(xp))
@@ -148,7 +148,9 @@ def _check_out(out: Any, mask: Any, blocks: tuple[int, int], capacity: int | Non
         taken[name] = array
 
 
-def _parse(bcount: Any, tol: Any, avgpool: Any, capacity: Any) -> tuple[tuple[int, int], float, bool, int | None]:
+def parse_reduction(
+    bcount: Any, tol: Any, avgpool: Any, capacity: Any
+) -> tuple[tuple[int, int], float, bool, int | None]:
     """The numbers among the arguments, checked."""
     try:
         rows, columns = bcount

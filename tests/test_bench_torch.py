@@ -22,13 +22,15 @@ CASES = [replace(case, shape=(1, 8, 40, 50), tile=8) for case in torch_model.cas
 def test_contenders_are_right_and_mistakes_are_noticed(case: ModelCase) -> None:
     scene = Scene(case, "cpu")
     assert 0 < scene.capacity < 35
-    assert scene.tolerance > 0
+    with torch.no_grad():
+        shifted = scene.dense(torch.roll(scene.x, 1, 3))
+    assert scene.error(shifted) > 10 * scene.tolerance > 0
     for name in (OURS, DENSE[0]):
         contender = scene.contender(name)
         (y,) = [call() for call in contender.calls]
         assert contender.check([y])
         wrong = y.clone()
-        wrong[0, 0, 0, 0] += 1e-2
+        wrong[0, 0, 0, 0] += 1.01 * scene.tolerance + scene.error(y)
         assert not contender.check([wrong])
         beside = y.clone()
         beside[0, 0, -1, -1] += 1  # which is not active

@@ -170,8 +170,10 @@ def test_gradients(device: str, grid: dict[str, Any]) -> None:
 def test_in_place_gradients_are_those_of_autograd(device: str) -> None:
     x, rows = small(device)
     blocks = torch.ones(5, 2, 3, 3, dtype=torch.float64, device=device)
+    before = x.detach().clone()
     with pytest.raises(RuntimeError, match="leaf"):
         sparse.sparse_scatter_(blocks, *rows, x, **GRIDS[0])
+    assert torch.equal(x, before)
     middle = x * 1
     squared = middle**2  # needs what is overwritten next
     sparse.sparse_scatter_(blocks.requires_grad_(), *rows, middle, **GRIDS[0])
@@ -337,11 +339,12 @@ def test_memory_is_pytorchs() -> None:
         return [*rows, stack, sparse.sparse_scatter(stack, *rows[::-1], x, **HALO, add=True, atomic=True)]
 
     run()
-    used, allocated = pool.used_bytes(), torch.cuda.memory_allocated()
+    used, requested = pool.used_bytes(), torch.cuda.memory_stats()["requested_bytes.all.current"]
     kept = run()
     assert pool.used_bytes() == used
-    # Scratch memory went back; the allocator rounds up to 512 bytes.
-    assert torch.cuda.memory_allocated() - allocated == sum(-(-t.nbytes // 512) * 512 for t in kept)
+    # Scratch memory went back.
+    found = torch.cuda.memory_stats()["requested_bytes.all.current"] - requested
+    assert found == sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
 
 @pytest.mark.gpu
@@ -500,6 +503,15 @@ class TestErrors:
             "mask: expected shape (N, H, W) or (N, 1, H, W), got (2, 3, 21, 30)",
             lambda: sparse.reduce_mask(mask, (3, 4), **TILES),
         )
+        flat = mask[:, 0]
+        for options, message in (
+            ({"bcount": (3, 4.5)}, "bcount: expected two integers"),
+            ({"capacity": "many"}, "capacity: expected an integer or None, got str"),
+            ({"capacity": -1}, "capacity: expected an integer from 0"),
+            ({"tol": None}, "tol: expected a real number, got NoneType"),
+        ):
+            with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+                sparse.reduce_mask(flat, **{"bcount": (3, 4), **TILES, **options})
         eight = torch.ones(2, 3, 21, 30, device=device).to(torch.float8_e4m3fn)
         self.expect(TypeError, "dtype: expected one that NumPy has, or bfloat16", lambda: gather(eight, *rows, **TILES))
 

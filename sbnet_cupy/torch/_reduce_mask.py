@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sbnet_cupy
 
-from .._reduce_mask import BlockIndices
+from .._reduce_mask import BlockIndices, parse_reduction
 from ._arrays import as_array, at
 from ._check import check_mask, check_tensors
 from ._common import GRID_SCHEMA, parse_blocks
@@ -54,6 +54,8 @@ def reduce_mask(
     """
     check_tensors(mask=mask)
     grid = parse_blocks(bsize, boffset, bstride)
+    if not torch.compiler.is_compiling():
+        bcount, tol, avgpool, capacity = parse_reduction(bcount, tol, avgpool, capacity)
     return BlockIndices(*reduce_mask_op(mask.detach(), list(bcount), *grid, float(tol), bool(avgpool), capacity))
 
 

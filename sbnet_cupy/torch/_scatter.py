@@ -229,6 +229,8 @@ def sparse_scatter_(
     ------
     TypeError, ValueError
         As :func:`sbnet_cupy.sparse_scatter_var`. Nothing is changed then.
+    RuntimeError
+        For an `x` that is a leaf and requires grad, as from all in-place ops of PyTorch.
 
     Notes
     -----
@@ -244,6 +246,8 @@ def sparse_scatter_(
         return x
     if torch.compiler.is_compiling():
         return x.copy_(scatter_op(blocks, *rows, x, *grid, bool(add), bool(atomic)))
+    if x.is_leaf and x.requires_grad:  # which autograd would notice too late
+        raise RuntimeError("x: expected no leaf that requires grad, which must not change in place, got one")
     changed: Tensor = _InPlaceScatter.apply(blocks, x, rows, grid, bool(add), bool(atomic))
     return changed
 
