@@ -12,7 +12,7 @@ import sbnet_cupy
 
 from ._arrays import as_array, as_image, at, channels_last
 from ._check import check_image, check_rows
-from ._common import ROWS_SCHEMA, autocast, new_images
+from ._common import ROWS_SCHEMA, autocast, autocast_dtype, new_images
 from ._conv import same_margin, tile_params
 from ._folding import FoldsInEval, allow_tf32, fold_norm, pack_weight, takes_gradients
 from ._grid import NO_MARGIN, Margin, SparseBlockGrid, crop
@@ -108,8 +108,7 @@ class SparseBottleneck(FoldsInEval):
         if grid is None:
             return self._dense(x)
         grid.check("x", x)
-        converts = autocast(x)[0].dtype != x.dtype
-        if self.training or converts or takes_gradients(x, *self.parameters()):
+        if self.training or autocast_dtype(x) != x.dtype or takes_gradients(x, *self.parameters()):
             return self._composed(x, grid)
         # Factors and summands stay as they are.
         weights = [w if 3 <= k < 9 else autocast(w)[0] for k, w in enumerate(self.folded())]

@@ -22,12 +22,16 @@ def parse_blocks(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence
     return list(bsize), list(boffset), list(bstride)
 
 
-def autocast(*tensors: Tensor) -> Sequence[Tensor]:
+def autocast(*tensors: Tensor) -> list[Tensor]:
     """What autocast makes of the inputs of a convolution."""
-    if not is_autocasting(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+    return [tensor.to(autocast_dtype(tensor)) for tensor in tensors]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives an input of a convolution."""
+    if is_autocasting(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def is_autocasting(x: Tensor) -> bool:
