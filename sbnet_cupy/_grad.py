@@ -231,8 +231,8 @@ class Rows(NamedTuple):
         is_rewritten = self.xp.not_equal(self._gather(last, self.grid, self.indices), self.numbers)
         out = self._gather(grad_y, self.grid, self.indices, transpose, out)
         stack = out.transpose(0, 2, 3, 1) if transpose else out
-        # As bits, where not every library knows the dtype.
-        self.xp.copyto(stack.view(np.uint16) if stack.dtype.itemsize == 2 else stack, 0, where=is_rewritten)
+        # As bits, where not every library knows the dtype. False is a 0 of every dtype, bool among them.
+        self.xp.copyto(stack.view(np.uint16) if stack.dtype.itemsize == 2 else stack, False, where=is_rewritten)
         return out
 
     def _gather(self, x: Any, grid: BlockGrid, indices: Any, transpose: bool = False, out: Any = None) -> Any:

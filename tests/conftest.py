@@ -19,9 +19,10 @@ import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads of several processes that wait for each other make NumPy's products several times as slow. It reads this
-    # when it is imported, which is later.
+    # Threads of several processes that wait for each other make NumPy's products several times as slow, and PyTorch's
+    # ops more than that. The two read this when they are imported, which is later.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadlines: the first call on a device compiles a kernel.
 hypothesis.settings.register_profile("default", deadline=None)

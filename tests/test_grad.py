@@ -9,7 +9,7 @@ from typing import Any
 import cpu_cuda
 import numpy as np
 import pytest
-from cases import SUM_DTYPES, Array, Case, cases, identical, lay_out, random_bits
+from cases import DTYPES, SUM_DTYPES, Array, Case, cases, identical, lay_out, random_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import block_pixels, scatter
@@ -211,6 +211,19 @@ def test_a_table() -> None:
     found = sparse_scatter_grad(y, counts, rows, **grid, add=True)
     assert found.grad_blocks.ravel().tolist() == [1, 2, 2, 3, 2, 3]
     assert found.grad_x is y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_where_blocks_overlap(xp: Any, dtype: np.dtype[Any]) -> None:
+    y = random_bits(np.random.default_rng(0), (2, 5, 6, 3), dtype)
+    counts, rows = indices_of(np)
+    grid = GRIDS[1]
+    case = Case(
+        y, np.zeros((len(ROWS), 3, 3, 3), dtype), rows, COUNT, transpose=False, layouts=("nhwc", "nhwc"), **grid
+    )
+    found = sparse_scatter_grad(xp.asarray(y), xp.asarray(counts), xp.asarray(rows), **grid)
+    for result, expected in zip(found, oracle_scatter_grad(case, add=False)):
+        assert identical(result, expected)
 
 
 @pytest.mark.gpu
