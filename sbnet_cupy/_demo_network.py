@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ._bottleneck import BottleneckWeights, res_block_bottleneck, sparse_res_block_bottleneck
+from ._bottleneck import res_block_bottleneck, sparse_res_block_bottleneck
+from ._bottleneck_weights import BottleneckWeights
 from ._conv import conv2d, sparse_conv2d
 from ._conv_geometry import BlockParams, Pair, calc_block_params, calc_block_params_res_block
 from ._reduce_mask import BlockIndices, block_indices
