@@ -6,6 +6,7 @@ host            what a call of each op costs Python
 sweep           bandwidth over block size, channels, density and dtype, with plots
 conv            3x3 convolutions of active blocks beside dense and submanifold ones, with plots
 bottleneck      residual bottlenecks of active blocks beside dense and submanifold ones, with plots
+torch-model     PyTorch models on active tiles beside the same models on whole images
 plots           draw the plots again from the recorded results
 all             everything
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import gather_scatter, host, network_plots, networks, plots, reduce_mask, sweep
+from . import gather_scatter, host, network_plots, networks, plots, reduce_mask, sweep, torch_model
 from .record import RESULTS, save_rows
 from .table import Row, Task, format_table, format_verdicts
 from .timing import Run, free_memory, start_run
@@ -34,6 +35,7 @@ SUITES: dict[str, Callable[[Run], Iterator[Task]]] = {
     "sweep": sweep.tasks,
     "conv": functools.partial(networks.tasks, "conv"),
     "bottleneck": functools.partial(networks.tasks, "bottleneck"),
+    "torch-model": torch_model.tasks,
 }
 #: Suites with plots, and what draws them from a suite's JSON file into a folder.
 PLOTS: dict[str, Callable[[Path, Path], list[Path]]] = {

@@ -56,7 +56,7 @@ class Transfer:
     """One gather or scatter: an image tensor, a block grid on it, and which part of its blocks is active."""
 
     name: str
-    op: str  # "gather", "scatter" or "add"
+    op: str  # "gather", "scatter", "add", "gather_grad" or "scatter_grad"
     shape: tuple[int, int, int, int] = CASE_L
     bsize: Pair = (18, 18)
     boffset: Pair = (-1, -1)
@@ -206,14 +206,26 @@ def byte_model(case: Transfer, sets: int = 1) -> tuple[int, str]:
     Where they depend on which blocks are active, the mean over the first `sets` sets of blocks.
     """
     stack = case.stack_bytes
+    image = math.prod(case.shape) * case.itemsize
+    if case.op == "gather_grad":
+        size, model = byte_model(replace(case, op="add"), sets)
+        return image + size, f"image written with zeros, {model}"
+    if case.op == "scatter_grad":
+        covered = _mean_covered(case, sets) * case.shape[3] * case.itemsize
+        return 2 * image + covered + 2 * stack, "image copied, its covered pixels zeroed, block stack read + written"
     if case.op != "add":
         return 2 * stack, "block stack read + written"
     if not case.overlaps:
         return 3 * stack, "block stack read, as much of the image read + written"
     pixel = case.shape[3] * case.itemsize
-    chosen = [active_indices(case.shape[0], case.bcount, case.blocks, seed) for seed in range(sets)]
-    covered = round(sum(covered_pixels(case, indices) for indices in chosen) / sets)
+    covered = _mean_covered(case, sets)
     return stack + 2 * covered * pixel, "block stack read, each covered image pixel read + written once"
+
+
+def _mean_covered(case: Transfer, sets: int) -> int:
+    """Pixels that the blocks of a set cover: the mean over the first `sets` sets."""
+    chosen = [active_indices(case.shape[0], case.bcount, case.blocks, seed) for seed in range(sets)]
+    return round(sum(covered_pixels(case, indices) for indices in chosen) / sets)
 
 
 def covered_pixels(case: Transfer, indices: Array) -> int:
@@ -286,6 +298,9 @@ def large_cases(quick: bool) -> list[Transfer]:
             original="1.48 TB/s, not reproducible",
             target=Target("share", 0.75),
         ),
+        Transfer("case L: gradient of gather", "gather_grad", target=FLOOR),
+        Transfer("case L: gradient of scatter", "scatter_grad", **tile, target=FLOOR),
+        Transfer("case L: gradient of scatter, overlapping", "scatter_grad", target=FLOOR),
         *_both("float16", (18, 18), (16, 16), dtype="float16", shape=with_channels(128, "float16", 2**30)),
         *_both("C = 3", (18, 18), (16, 16), shape=with_channels(3, "float32", 2**30)),
     ]

@@ -45,7 +45,7 @@ def sets_needed(case: Transfer) -> int:
 
 def make_inputs(xp: Any, case: Transfer, sets: int) -> Inputs:
     """Random image and stacks: any finite bits for copies, small whole numbers for sums, which then are exact."""
-    values = small_integers if case.op == "add" else finite_values
+    values = small_integers if case.op in ("add", "gather_grad") else finite_values
     n, h, w, c = case.shape
     image = values(xp, (n, c, h, w), case.dtype, 1).transpose(0, 2, 3, 1) if case.nchw else None
     if image is None:
@@ -156,6 +156,33 @@ def expected_image(xp: Any, case: Transfer, inputs: Inputs) -> Any:
     return crop_image(padded, case).astype(case.dtype)
 
 
+def expected_gather_grads(xp: Any, case: Transfer, inputs: Inputs) -> list[Any]:
+    """The sum of all stacks' pixels in each image pixel, for each set."""
+    found = []
+    for blocks in inputs.sets:
+        padded = pad_image(xp, xp.zeros(case.shape, np.float32), case.margins)
+        stack = channels_last(case, blocks.stack).astype(np.float32)
+        xp.add.at(padded, pixel_index(xp, case, blocks.indices), stack)
+        found.append(crop_image(padded, case).astype(case.dtype))
+    return found
+
+
+def expected_scatter_grads(xp: Any, case: Transfer, inputs: Inputs) -> list[tuple[Any, Any]]:
+    """For each set: the image in the blocks' pixels, where no later block lies, as ``[M, h, w, C]``; and the rest."""
+    found = []
+    for blocks in inputs.sets:
+        index = pixel_index(xp, case, blocks.indices)
+        padded = pad_image(xp, inputs.image, case.margins)
+        rows = xp.arange(1, case.blocks + 1, dtype=np.int32)[:, None, None]
+        last = xp.zeros(padded.shape[:3], np.int32)
+        # The largest row number is that of the last block.
+        xp.maximum.at(last, index, xp.broadcast_to(rows, (case.blocks, *case.bsize)))
+        stack = xp.where((last[index] == rows)[..., None], padded[index], padded.dtype.type(0))
+        rest = xp.where(last[..., None] > 0, padded.dtype.type(0), padded)
+        found.append((stack, crop_image(rest, case)))
+    return found
+
+
 def same_bits(a: Any, b: Any) -> bool:
     """Whether two arrays are equal in shape, dtype and every bit."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -178,9 +205,22 @@ class Expected:
     def image(self) -> Any:
         return expected_image(*self._arguments)
 
+    @functools.cached_property
+    def grads(self) -> list[Any]:
+        make = expected_gather_grads if self._arguments[1].op == "gather_grad" else expected_scatter_grads
+        return make(*self._arguments)
+
     def check(self, results: list[Any]) -> bool:
-        """Whether the results of one call for each set are right: stacks ``[M, h, w, C]``, or images."""
+        """Whether the results of one call for each set are right.
+
+        These are stacks ``[M, h, w, C]``, images, or pairs of both.
+        """
         case = self._arguments[1]
         if case.op == "gather":
             return all(same_bits(a, b) for a, b in zip(results, self.stacks, strict=True))
+        if case.op == "gather_grad":
+            return all(same_bits(a, b) for a, b in zip(results, self.grads, strict=True))
+        if case.op == "scatter_grad":
+            pairs = zip(results, self.grads, strict=True)
+            return all(same_bits(a, b) for found, wanted in pairs for a, b in zip(found, wanted, strict=True))
         return same_bits(results[-1], self.image)

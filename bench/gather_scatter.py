@@ -32,6 +32,8 @@ def library(case: Transfer, inputs: Inputs, expected: Expected, name: str = OURS
 
         calls = [functools.partial(gather, blocks) for blocks in inputs.sets]
         return Contender(name, calls, lambda got: expected.check([channels_last(case, stack) for stack in got]))
+    if case.op in GRADIENTS:
+        return gradient(case, inputs, expected, name)
     work = inputs.image.copy(order="K")
 
     def scatter(blocks: Blocks) -> Any:
@@ -47,6 +49,29 @@ def library(case: Transfer, inputs: Inputs, expected: Expected, name: str = OURS
         )
 
     return Contender(name, [functools.partial(scatter, blocks) for blocks in inputs.sets], expected.check)
+
+
+#: Ops without rivals: frameworks make them of their own indexing, which the rivals of gather and scatter time.
+GRADIENTS = ("gather_grad", "scatter_grad")
+
+
+def gradient(case: Transfer, inputs: Inputs, expected: Expected, name: str = OURS) -> Contender:
+    """The gradients of gather and scatter, written to memory that is given."""
+    images = [inputs.image.copy(order="K") for _ in inputs.sets]  # results of their own, which are checked together
+    options = {**case.grid, "transpose": case.transpose}
+
+    def gather_grad(blocks: Blocks, image: Any) -> Any:
+        stack = (blocks.stack, blocks.bin_counts, blocks.indices)
+        return sbnet_cupy.sparse_gather_grad(*stack, case.shape, **options, out=image)
+
+    def scatter_grad(blocks: Blocks, image: Any) -> Any:
+        rows, out = (blocks.bin_counts, blocks.indices), (blocks.stack, image)
+        found = sbnet_cupy.sparse_scatter_grad(inputs.image, *rows, **options, out=out)
+        return channels_last(case, found.grad_blocks), found.grad_x
+
+    call = gather_grad if case.op == "gather_grad" else scatter_grad
+    calls = [functools.partial(call, blocks, image) for blocks, image in zip(inputs.sets, images)]
+    return Contender(name, calls, expected.check)
 
 
 def ceiling_row(run: Run) -> Row:
@@ -81,7 +106,7 @@ def measure(case: Transfer, run: Run, rivals: bool = True, **parameters: Any) ->
     fields = _fields(case, inputs, parameters)
     ours = library(case, inputs, expected)
     rows = [compete(case.name, ours, device_clock, run, target=case.target, original=case.original, **fields)]
-    if rivals:
+    if rivals and case.op not in GRADIENTS:
         rows += [
             compete(case.name, rival, event_clock, run, **fields)
             for rival in transfer_rivals(cupy, case, inputs, expected)

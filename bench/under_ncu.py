@@ -33,8 +33,14 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
     "launch__registers_per_thread": "registers",
 }
-#: Units of the profiler in those of the table.
-SCALE = {"ns": 1e-3, "nsecond": 1e-3, "byte": 1e-6, "Mbyte": 1.0, "Kbyte": 1e-3, "Gbyte": 1e3}
+#: Units of the profiler, by their names in its older and newer versions, in those of the table.
+SCALE = {
+    **dict.fromkeys(("ns", "nsecond"), 1e-3),
+    **dict.fromkeys(("us", "usecond"), 1.0),
+    **dict.fromkeys(("ms", "msecond"), 1e3),
+    **{"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3},
+    **{"%": 1.0, "register/thread": 1.0},
+}
 
 _TILE: dict[str, Any] = {"bsize": (16, 16), "boffset": (0, 0)}
 _SMALL: dict[str, Any] = {"shape": (1, 400, 700, 96), "density": 0.1}
@@ -106,8 +112,10 @@ def table(lines: list[str]) -> list[dict[str, str]]:
     kernels: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(lines):
         kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
-        value = float(row["Metric Value"].replace(",", "")) * SCALE.get(row["Metric Unit"], 1.0)
-        kernel[METRICS[row["Metric Name"]]] = f"{value:.1f}"
+        metric, unit = row["Metric Name"], row["Metric Unit"]
+        if unit not in SCALE:
+            raise ValueError(f"{metric}: expected a unit of {', '.join(SCALE)}, got {unit!r}")
+        kernel[METRICS[metric]] = f"{float(row['Metric Value'].replace(',', '')) * SCALE[unit]:.1f}"
     names = iter([case.name for case in [*CASES, *MASKS]])
     name = next(names)
     for kernel in kernels.values():

@@ -67,6 +67,32 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
+// Which tile of which block; what is loaded is not looked at yet.
+struct BottleneckTile {
+    unsigned int row, down, right;
+    unsigned int image, block_h, block_w;
+
+    // `number` is less than b.rows * b.tiles.
+    __device__ BottleneckTile(const Bottleneck& b, unsigned int number) : row(b.by_tiles(number)) {
+        const unsigned int tile = number - row * static_cast<unsigned int>(b.tiles);
+        down = b.by_tiles_w(tile);
+        right = tile - down * static_cast<unsigned int>(b.tiles_w);
+        const int* triple = b.indices + row * b.index_strides[0];
+        image = triple[0];
+        block_h = triple[b.index_strides[1]];
+        block_w = triple[2 * b.index_strides[1]];
+    }
+
+    __device__ bool exists(const Bottleneck& b) const {
+        return image < b.batch && block_h < b.height.count && block_w < b.width.count;
+    }
+};
+
+// Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
+__device__ inline void leave(const Bottleneck& b, int64 tiles) {
+    if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
+}
+
 template <bool kFirst, typename First, typename Second>
 struct Choice {
     using Type = First;
@@ -76,23 +102,28 @@ struct Choice<false, First, Second> {
     using Type = Second;
 };
 
-// The weights of one product, of kSteps steps: all of them in shared memory (kNear), or each warp's own on their way.
+// The weights of some steps of a product of kSteps: in shared memory (kNear), or each warp's own on their way.
 template <typename Products, typename Layout, int kSteps, bool kNear>
 struct ProductWeights {
     static constexpr int kStride = kSteps * kWarp;  // from 8 columns to the next 8
     using Distant = DistantWeights<Products, Layout::kN>;
     using Near = NearWeights<Products, Layout::kN>;
 
+    int begin, end;  // the warp's share of the steps
     typename Choice<kNear, Near, Distant>::Type source;
 
-    __device__ explicit ProductWeights(const StepWords* packed, const Layout& layout = Layout())
-        : source(make(packed + layout.column / kColumns * kStride, layout)) {}
+    // Of `steps` steps from `first` on, of the columns from `packed` on.
+    __device__ explicit ProductWeights(const StepWords* packed, int first = 0, int steps = kSteps,
+                                       const Layout& layout = Layout())
+        : begin(first + layout.begin(steps)),
+          end(first + layout.end(steps)),
+          source(make(packed + layout.column / kColumns * kStride, begin, end)) {}
 
-    __device__ static auto make(const StepWords* columns, const Layout& layout) {
+    __device__ static auto make(const StepWords* columns, int begin, int end) {
         if constexpr (kNear) {
             return Near(columns, kStride);
         } else {
-            return Distant(columns, kStride, layout.begin(kSteps), layout.end(kSteps));
+            return Distant(columns, kStride, begin, end);
         }
     }
 };
@@ -119,7 +150,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Products::run(sums, rows, offsets, zeros, weights.source, layout.begin(kSteps), layout.end(kSteps));
+    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end);
 }
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
@@ -144,10 +175,11 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
     }
 }
 
-// Bit k of kNear tells that the weights of product k are kept in shared memory.
-// Registers: at most 128.
+// Bit k of kNear tells that the weights of product k are kept in shared memory. The window comes in kParts parts of its
+// channels, so that the first are multiplied while the last are on their way.
+// Registers: at most 255.
 template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
-          typename Layout2, typename Layout3, int kNear>
+          typename Layout2, typename Layout3, int kNear, int kParts>
 __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {
     using T = typename Products::Number;
     constexpr int kLanes = kPiece<T>;
@@ -155,7 +187,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     constexpr int kHalo = kHaloH * kHaloW, kPixels = kTileH * kTileW;
     constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes, kPositions = kKernelH * kKernelW;
     constexpr int kPitchB = (kPiecesB | 1) * kPieceBytes;
-    using Staged = SharedWindow<T, kPiecesC, kHaloH, kHaloW>;
+    using Staged = SharedWindow<T, kPiecesC / kParts, kHaloH, kHaloW, kPiecesC>;
+    static_assert(kParts == 1 || kPiecesC % (kParts * kStepPieces) == 0, "parts are whole steps");
     constexpr int kSteps1 = (kPiecesC + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps2 = (kPiecesB * kPositions + kStepPieces - 1) / kStepPieces;
     constexpr int kSteps3 = (kPiecesB + kStepPieces - 1) / kStepPieces;
@@ -187,24 +220,27 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    const auto leave = [&] {
-        // The last one leaves the counts as they were.
-        if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
-    };
-    for (int64 number = blockIdx.x; number < b.rows * b.tiles; number += gridDim.x) {
-        const unsigned int row = b.by_tiles(static_cast<unsigned int>(number));
-        const unsigned int tile = static_cast<unsigned int>(number) - row * static_cast<unsigned int>(b.tiles);
-        const unsigned int down = b.by_tiles_w(tile), right = tile - down * static_cast<unsigned int>(b.tiles_w);
-        const int* triple = b.indices + row * b.index_strides[0];
-        const unsigned int image = triple[0];
-        const unsigned int block_h = triple[b.index_strides[1]], block_w = triple[2 * b.index_strides[1]];
-        if (number >= tiles) break;  // asked only now, so that the count and the indices come together
-        const BottleneckSpan y(b.height, block_h, down, kTileH);
-        const BottleneckSpan x(b.width, block_w, right, kTileW);
-        if (image >= b.batch || block_h >= b.height.count || block_w >= b.width.count || y.size <= 0 || x.size <= 0) {
+    BottleneckTile tile(b, blockIdx.x);
+    // While the indices are on their way: what does not depend on them.
+#pragma unroll 1
+    for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
+        copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
+    }
+    if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
+    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
+    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+
+    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
+        const bool is_first = number == blockIdx.x;
+        if (!is_first) tile = BottleneckTile(b, static_cast<unsigned int>(number));
+        const BottleneckSpan y(b.height, tile.block_h, tile.down, kTileH);
+        const BottleneckSpan x(b.width, tile.block_w, tile.right, kTileW);
+        if (!tile.exists(b) || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);
-                leave();
+                leave(b, tiles);
             }
             continue;
         }
@@ -213,51 +249,44 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         window.row_stride = static_cast<int>(b.source_strides[1]);
         window.column_stride = static_cast<int>(b.source_strides[2]);
         window.channel_stride = 1;
-        window.origin = static_cast<int64>(image) * b.source_strides[0] +
+        window.origin = static_cast<int64>(tile.image) * b.source_strides[0] +
                         static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
         inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
         inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
 
         const T* source = static_cast<const T*>(b.source);
-        const Staged staged{window_pixels};
-        staged.template start<true, true>(window, source, 0, kC);
-        if (number == blockIdx.x) {
-#pragma unroll 1
-            for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
-                copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
-            }
-            if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            Staged::part(window_pixels, part).template start<true, true>(window, source, part * kC / kParts, kC);
             commit_async();
+        }
+        if (is_first) {  // after the window, which is needed first
             if constexpr (kNear2) start_weights<kB, kSteps2>(near2, b.weights[1]);
-            commit_async();
             if constexpr (kNear3) start_weights<kC, kSteps3>(near3, b.weights[2]);
-            commit_async();
-            // While all that is on its way:
-            if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-            list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
-            list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-            list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
         }
-        ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0]);
-        if (number == blockIdx.x) {
-            wait_async_groups<2>();
-            __syncthreads();  // scales and shifts come from other threads
-        } else {
-            wait_async();
-        }
-        if (Products::kRounds || b.activates) {
-            const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, Staged::piece() * kLanes);
-            staged.template activate<Products::kRounds>(window, affine);
-        }
-        __syncthreads();
-        if (b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
+        commit_async();
 
         {
             const Layout1 layout;
             Sums<Layout1::kM, Layout1::kN> sums;
-            product(
-                sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
-                weights1);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                constexpr int kPartSteps = kSteps1 / kParts;
+                ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0],
+                                                                            part * kPartSteps, kPartSteps);
+                wait_async_groups_but(kParts - part);
+                if (is_first && part == 0) __syncthreads();  // scales and shifts come from other threads
+                if (Products::kRounds || b.activates) {
+                    const int channel = part * kC / kParts + Staged::piece() * kLanes;
+                    const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, channel);
+                    Staged::part(window_pixels, part).template activate<Products::kRounds>(window, affine);
+                }
+                __syncthreads();
+                if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
+                product(
+                    sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
+                    weights1);
+            }
             if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
             layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, Layout1, kHalo, kPitchB>(
@@ -266,7 +295,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             });
         }
         ProductWeights<Products, Layout2, kSteps2, kNear2> weights2(kNear2 ? near2 : b.weights[1]);
-        if constexpr (kNear2) wait_async_groups<1>();
+        if constexpr (kNear2 || kNear3) wait_async_groups<0>();
         __syncthreads();
         {
             const Layout2 layout;
@@ -280,12 +309,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                                                                    [](int) { return true; });
             });
         }
-        ProductWeights<Products, Layout3, kSteps3, kNear3> weights3(kNear3 ? near3 : b.weights[2]);
-        if constexpr (kNear3) wait_async_groups<0>();
+        using Weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>;
+        Weights3 weights3(kNear3 ? near3 : b.weights[2]);
         __syncthreads();
 
         const bool stack = b.target_is_stack != 0;
-        T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? row : image) * b.target_strides[0] +
+        T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
                           static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
                           static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
         const T* const residual = source + window.origin + window.offset(y.first - top, x.first - left);
@@ -294,6 +323,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const Layout3 layout;
         using Results = WarpRows<Layout3, kLanes>;
         const Results rows(results);
+        // Asked for early by one thread: the answer takes a while, and nearly always is yes.
+        bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
             // What is added is asked for before the product.
             Vec<T, kLanes> numbers[Results::kTurns];
@@ -309,14 +340,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
                 sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
-            const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
-            weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>((kNear3 ? near3 : b.weights[2]) + following);
+            if constexpr (kC > Layout3::kAllColumns) {
+                const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
+                weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);
+            }
             rows.put(sums);
             if (b.meeting != nullptr && pass == 0) {
-                if (threadIdx.x == 0) {
-                    wait_for(b.meeting, static_cast<unsigned int>(tiles));
-                    leave();
-                }
+                while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
                 __syncthreads();
             }
 #pragma unroll
@@ -331,6 +361,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
             }
         }
+        if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles);
         __syncthreads();
     }
 }

@@ -71,6 +71,23 @@ struct Span {
     }
 };
 
+// Which tile of which block; what is loaded is not looked at yet.
+struct BlockNumbers {
+    unsigned int row, down, right;
+    unsigned int image, block_h, block_w;
+
+    // `number` is less than c.rows * c.tiles.
+    __device__ BlockNumbers(const Conv& c, unsigned int number) : row(c.by_tiles(number)) {
+        const unsigned int tile = number - row * static_cast<unsigned int>(c.tiles);
+        down = c.by_tiles_w(tile);
+        right = tile - down * static_cast<unsigned int>(c.tiles_w);
+        const int* triple = c.indices + row * c.index_strides[0];
+        image = triple[0];
+        block_h = triple[c.index_strides[1]];
+        block_w = triple[2 * c.index_strides[1]];
+    }
+};
+
 // A tile of the output, and the window of the input that it is computed from.
 struct ConvTile {
     bool exists;
@@ -78,16 +95,12 @@ struct ConvTile {
     Span y, x;
 
     template <typename Shape>
-    __device__ static ConvTile at(const Conv& c, unsigned int number, Shape) {
-        const unsigned int row = c.by_tiles(number), tile = number - row * static_cast<unsigned int>(c.tiles);
-        const unsigned int down = c.by_tiles_w(tile), right = tile - down * static_cast<unsigned int>(c.tiles_w);
-        const int* triple = c.indices + row * c.index_strides[0];
-        const unsigned int image = triple[0];
-        const unsigned int block_h = triple[c.index_strides[1]], block_w = triple[2 * c.index_strides[1]];
-        const bool exists = image < c.batch && block_h < c.height.count && block_w < c.width.count;
-        return {exists, image, row, Span(c.height, block_h, down, Shape::kTileH),
-                Span(c.width, block_w, right, Shape::kTileW)};
-    }
+    __device__ ConvTile(const Conv& c, const BlockNumbers& at, Shape)
+        : exists(at.image < c.batch && at.block_h < c.height.count && at.block_w < c.width.count),
+          image(at.image),
+          row(at.row),
+          y(c.height, at.block_h, at.down, Shape::kTileH),
+          x(c.width, at.block_w, at.right, Shape::kTileW) {}
 
     template <typename Shape>
     __device__ Window source(const Conv& c, Shape) const {
@@ -159,7 +172,7 @@ __device__ inline void put_pair(T* to, const T* with, float (&number)[2], bool i
 
 // A CTA takes some features (blockIdx.y tells which) of every gridDim.x-th tile, so that the grid need not know how many
 // blocks are active. Chunks of the channels are staged while the one before is multiplied.
-// Registers: at most 128.
+// Registers: at most 255.
 template <typename Products, typename Layout, typename Shape, typename Form>
 __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
     using T = typename Products::Number;
@@ -185,9 +198,27 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
 
     const int64 active = *c.bin_counts;
     const int64 tiles = (active < c.rows ? active : c.rows) * c.tiles;
-    for (int64 number = blockIdx.x; number < c.rows * c.tiles; number += gridDim.x) {
-        const auto tile = ConvTile::at(c, static_cast<unsigned int>(number), Shape());
-        if (number >= tiles) break;  // asked only now, so that the count and the indices come together
+    BlockNumbers at(c, blockIdx.x);
+    // While the indices are on their way: what does not depend on them.
+    const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
+    using Weights = DistantWeights<Products, Layout::kN>;
+    Weights distant(weights, column_stride, begin, end);
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_offsets<Shape, Staged::kPitch>(offsets);
+    share_channels(target_scale, target_shift, Layout::kAllColumns, c.target_scale, c.target_shift, first_feature,
+                   features);
+    if constexpr (Form::kActivates) {
+        share_channels(source_scale, source_shift, source_room, c.source_scale, c.source_shift, 0,
+                       static_cast<int>(c.channels));
+        __syncthreads();
+    }
+
+    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
+        if (number != blockIdx.x) {
+            at = BlockNumbers(c, static_cast<unsigned int>(number));
+            distant = Weights(weights, column_stride, begin, end);
+        }
+        const ConvTile tile(c, at, Shape());
         if (!tile.exists) continue;
         const Window window = tile.source(c, Shape());
         const auto start = [&](int k) {
@@ -197,22 +228,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
             commit_async();
         };
         start(0);
-        if (number == blockIdx.x) {  // while the first window is on its way
-            if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-            list_offsets<Shape, Staged::kPitch>(offsets);
-            share_channels(target_scale, target_shift, Layout::kAllColumns, c.target_scale, c.target_shift,
-                           first_feature, features);
-            if constexpr (Form::kActivates) {
-                share_channels(source_scale, source_shift, source_room, c.source_scale, c.source_shift, 0,
-                               static_cast<int>(c.channels));
-                __syncthreads();
-            }
-        }
         Sums<Layout::kM, Layout::kN> sums;
         for (int k = 0; k < chunks; ++k) {
-            // Weights are on their way while the window is waited for.
-            const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
-            DistantWeights<Products, Layout::kN> distant(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
+            if (Form::kChunks && k > 0) distant = Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
             if (Form::kChunks && k + 1 < chunks) {
                 start(k + 1);
                 wait_async_groups<1>();

@@ -59,15 +59,13 @@ struct TensorCores {
     struct Weights {
         StepWords words[kN];
 
-        template <bool kShared>
         __device__ void load(const StepWords* packed, int column_stride) {
-            const int lane = threadIdx.x % kWarp;
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
-                const StepWords* from = packed + n * column_stride + lane;
-                words[n] = kShared ? *from : load_constant(from);
+                words[n] = load_constant(packed + n * column_stride + threadIdx.x % kWarp);
             }
         }
+        __device__ const StepWords& column(int n) const { return words[n]; }
     };
 
     // Adds steps [begin, end).
@@ -84,28 +82,37 @@ struct TensorCores {
         }
     }
 
-    template <int kM, int kN>
+    template <int kM, int kN, typename StepWeights>
     __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights) {
+                                const int* offsets, const unsigned char* zeros, const StepWeights& weights) {
+        unsigned int a[2][kM][4];
 #pragma unroll
-        for (int half = 0; half < kStepPieces; half += 2) {
-            const int offset = offsets[half + threadIdx.x % kWarp / kRows];
-            unsigned int a[kM][4];
+        for (int half = 0; half < 2; ++half) {
+            const int offset = offsets[half * 2 + threadIdx.x % kWarp / kRows];
 #pragma unroll
-            for (int m = 0; m < kM; ++m) load_matrices(a[m], piece_at(rows[m][0], offset, zeros));
+            for (int m = 0; m < kM; ++m) load_matrices(a[half][m], piece_at(rows[m][0], offset, zeros));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 if constexpr (kRoundsRows && kRounds) {
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
-                        const float number = __int_as_float(static_cast<int>(a[m][k]));
-                        a[m][k] = static_cast<unsigned int>(__float_as_int(round_tf32(number)));
+                        const float number = __int_as_float(static_cast<int>(a[half][m][k]));
+                        a[half][m][k] = static_cast<unsigned int>(__float_as_int(round_tf32(number)));
                     }
                 }
+            }
+        }
 #pragma unroll
-                for (int n = 0; n < kN; ++n) {
-                    const StepWords& b = weights.words[n];
-                    multiply_matrices(sums.at[m][n], a[m], b.lane[half], b.lane[half + 1], T{});
+        for (int n = 0; n < kN; ++n) {
+            const StepWords b = weights.column(n);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+                    multiply_matrices(sums.at[m][n], a[half][m], b.lane[2 * half], b.lane[2 * half + 1], T{});
                 }
             }
         }
@@ -126,13 +133,10 @@ struct Plain {
     struct Weights {
         const StepWords* packed;
         int column_stride;
-        bool shared;
 
-        template <bool kShared>
         __device__ void load(const StepWords* step, int stride) {
             packed = step;
             column_stride = stride;
-            shared = kShared;
         }
     };
 
@@ -140,15 +144,14 @@ struct Plain {
     __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
                                const int* offsets, const unsigned char* zeros, Source& source, int begin, int end) {
         for (int k = begin; k < end; ++k) {
-            Weights<kN> weights;
-            source.load(weights, k);
-            step(sums, rows, offsets + k * kStepPieces, zeros, weights);
+            step(sums, rows, offsets + k * kStepPieces, zeros, source.at(k), source.column_stride);
         }
     }
 
     template <int kM, int kN>
     __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const Weights<kN>& weights) {
+                                const int* offsets, const unsigned char* zeros, const StepWords* packed,
+                                int column_stride) {
         using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
         for (int word = 0; word < 4; ++word) {
             StepWords b[kN][2];
@@ -157,8 +160,7 @@ struct Plain {
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
-                    const StepWords* from = weights.packed + n * weights.column_stride + column * 4 + word;
-                    b[n][k] = weights.shared ? *from : load_constant(from);
+                    b[n][k] = packed[n * column_stride + column * 4 + word];
                 }
             }
 #pragma unroll
@@ -190,10 +192,9 @@ struct Plain {
 // A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
 template <typename Products, int kN>
 struct DistantWeights {
-    static constexpr int kAhead = kN >= 5 ? 1 : kN >= 3 ? 2 : kN == 2 ? 4 : 6;
-    using Words = typename Products::template Weights<kN>;
+    static constexpr int kAhead = kN > 6 ? 1 : kN > 4 ? 2 : kN > 2 ? 3 : kN == 2 ? 6 : 8;
 
-    Words ahead[kAhead];
+    typename Products::template Weights<kN> ahead[kAhead];
     const StepWords* packed;  // step 0
     int column_stride, next, end;
 
@@ -205,12 +206,10 @@ struct DistantWeights {
     }
 
     // A lane's words of one step and 8 columns lie side by side.
-    __device__ void load(Words& words, int step) const {
-        words.template load<false>(packed + step * kWarp, column_stride);
-    }
-    __device__ const Words& take(int slot, int) const { return ahead[slot]; }
+    __device__ const StepWords* at(int step) const { return packed + step * kWarp; }
+    __device__ const auto& take(int slot, int) const { return ahead[slot]; }
     __device__ void refill(int slot) {
-        if (next < end) load(ahead[slot], next);
+        if (next < end) ahead[slot].load(at(next), column_stride);
         ++next;
     }
 };
@@ -219,21 +218,21 @@ struct DistantWeights {
 template <typename Products, int kN>
 struct NearWeights {
     static constexpr int kAhead = 2;  // steps of one round of the loop
-    using Words = typename Products::template Weights<kN>;
 
-    Words now;
+    struct Step {
+        const StepWords* packed;
+        int column_stride;
+
+        __device__ StepWords column(int n) const { return packed[n * column_stride + threadIdx.x % kWarp]; }
+    };
+
     const StepWords* packed;
     int column_stride;
 
     __device__ NearWeights(const StepWords* columns, int stride) : packed(columns), column_stride(stride) {}
 
-    __device__ void load(Words& words, int step) const {
-        words.template load<true>(packed + step * kWarp, column_stride);
-    }
-    __device__ const Words& take(int, int step) {
-        load(now, step);
-        return now;
-    }
+    __device__ const StepWords* at(int step) const { return packed + step * kWarp; }
+    __device__ Step take(int, int step) const { return {at(step), column_stride}; }
     __device__ void refill(int) {}
 };
 

@@ -160,17 +160,24 @@ __device__ inline void wait_async_groups() {
 #endif
 }
 
+// The same for a number that is a constant once loops are unrolled; at most 7.
+__device__ inline void wait_async_groups_but(int pending) {
+    switch (pending) {
+        case 0: return wait_async_groups<0>();
+        case 1: return wait_async_groups<1>();
+        case 2: return wait_async_groups<2>();
+        case 3: return wait_async_groups<3>();
+        case 4: return wait_async_groups<4>();
+        case 5: return wait_async_groups<5>();
+        case 6: return wait_async_groups<6>();
+        default: return wait_async_groups<7>();
+    }
+}
+
 // Waits until the calling thread's asynchronous copies are there. Other threads see them after a barrier.
 __device__ inline void wait_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// Asks for the 128 bytes around a global address to be brought to the L2 cache.
-__device__ inline void prefetch_l2(const void* global) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #endif
 }
 
@@ -262,20 +269,23 @@ __device__ inline float round_tf32(float a) {
 #endif
 }
 
-// A meeting of all CTAs of a grid that run at the same time: each arrives, and may later wait for the others.
-// Everything that a thread has done before it arrives has happened for a thread that has waited.
+// A meeting of all CTAs of a grid that run at the same time: each arrives, and may later ask whether all have. What a
+// thread has read before it arrives is then out of the way of what others write after they know.
 __device__ inline void arrive(unsigned int* arrivals) {
-    __threadfence();
+#if defined(__CUDA_ARCH__)
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
+#else
     atomicAdd(arrivals, 1u);
+#endif
 }
-__device__ inline void wait_for(const unsigned int* arrivals, unsigned int count) {
+__device__ inline bool have_met(const unsigned int* arrivals, unsigned int count) {
 #if defined(__CUDA_ARCH__)
     unsigned int arrived;
-    do {
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrivals) : "memory");
-    } while (arrived < count);
-    __threadfence();
-#endif  // on a CPU, CTAs run one after another: there is nobody to wait for
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrivals) : "memory");
+    return arrived >= count;
+#else
+    return true;  // on a CPU, CTAs run one after another: there is nobody to wait for
+#endif
 }
 
 }  // namespace sbnet

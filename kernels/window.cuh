@@ -7,8 +7,8 @@
 
 namespace sbnet {
 
-// Threads of a CTA: enough warps that one computes while others wait.
-constexpr int kProductThreads = 512;
+// Threads of a CTA. 512 with half the registers were slower in all but one of 16 problems on an H200.
+constexpr int kProductThreads = 256;
 constexpr int kProductWarps = kProductThreads / kWarp;
 
 // Pixels [top, bottom) x [left, right) of a window lie in the tensor. Strides are in numbers; within a window, offsets
@@ -78,20 +78,26 @@ __device__ inline void share_channels(float* scales, float* shifts, int room, co
     }
 }
 
-// A window of kHeight x kWidth pixels in shared memory, pixel after pixel. A thread takes one piece of every kStep-th
-// pixel, so that it keeps what belongs to its channels in registers; neighbouring threads take neighbouring pieces.
-template <typename T, int kPieces, int kHeight, int kWidth>
+// kPieces pieces of each of kHeight x kWidth pixels in shared memory, pixel after pixel of kAllPieces. A thread takes one
+// piece of every kStep-th pixel, so that it keeps what belongs to its channels in registers; neighbouring threads take
+// neighbouring pieces.
+template <typename T, int kPieces, int kHeight, int kWidth, int kAllPieces = kPieces>
 struct SharedWindow {
     static_assert(kPieces <= kProductThreads, "a thread takes one piece of a pixel");
     static constexpr int kPixels = kHeight * kWidth;
     // An odd number of pieces to a pixel keeps load_matrices free of bank conflicts.
-    static constexpr int kPitch = (kPieces | 1) * kPieceBytes;
+    static constexpr int kPitch = (kAllPieces | 1) * kPieceBytes;
     static constexpr int kBytes = kPixels * kPitch;
     static constexpr int kStep = kProductThreads / kPieces;
     static constexpr int kTurns = (kPixels + kStep - 1) / kStep;
     static constexpr int kUnroll = kTurns < 8 ? kTurns : 8;
 
     unsigned char* pixels;
+
+    // The pieces number `number` * kPieces and following of all pixels.
+    __device__ static SharedWindow part(unsigned char* all_pixels, int number) {
+        return {all_pixels + number * kPieces * kPieceBytes};
+    }
 
     __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
     // Of the thread, at a turn; kPixels or more where it has nothing to do.
@@ -130,9 +136,9 @@ struct SharedWindow {
     // After the copies of this thread are there: the step in all pixels of the tensor; what is zero outside of it stays.
     template <bool kRounds>
     __device__ void activate(const Window& window, const ChannelAffine<kPiece<T>>& affine) const {
-        // A few at a time, loaded before the first is stored.
-        constexpr int kBatch = kTurns < 4 ? kTurns : 4;
-#pragma unroll 2
+        // Some at a time, loaded before the first is stored: about as many in each batch.
+        constexpr int kBatches = (kTurns + 5) / 6, kBatch = (kTurns + kBatches - 1) / kBatches;
+#pragma unroll 1
         for (int first = 0; first < kTurns; first += kBatch) {
             Vec<T, kPiece<T>> numbers[kBatch];
 #pragma unroll
@@ -143,12 +149,11 @@ struct SharedWindow {
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
                 const int at = pixel(first + u);
+                if (at >= kPixels || !window.contains(at / kWidth, at % kWidth)) continue;
                 float number[kPiece<T>];
 #pragma unroll
                 for (int i = 0; i < kPiece<T>; ++i) number[i] = affine(Addition<T>::begin(numbers[u].lane[i]), i);
-                if (at < kPixels && window.contains(at / kWidth, at % kWidth)) {
-                    store(place(at), 0, rounded<T, kRounds>(number));
-                }
+                store(place(at), 0, rounded<T, kRounds>(number));
             }
         }
     }

@@ -9,6 +9,7 @@ from ._bottleneck_weights import BottleneckWeights, fold_batch_norm
 from ._conv import conv2d, sparse_conv2d
 from ._conv_geometry import BlockParams, calc_block_params, calc_block_params_res_block
 from ._gather import sparse_gather
+from ._grad import ScatterGrad, sparse_gather_grad, sparse_scatter_grad
 from ._jit import KernelCompileError, build_at_import, precompile
 from ._pack_weights import PackedBottleneck, pack_weights
 from ._packing import PackedWeights
@@ -27,6 +28,7 @@ __all__ = [
     "KernelCompileError",
     "PackedBottleneck",
     "PackedWeights",
+    "ScatterGrad",
     "block_indices",
     "calc_block_params",
     "calc_block_params_res_block",
@@ -38,8 +40,10 @@ __all__ = [
     "res_block_bottleneck",
     "sparse_conv2d",
     "sparse_gather",
+    "sparse_gather_grad",
     "sparse_res_block_bottleneck",
     "sparse_scatter",
+    "sparse_scatter_grad",
     "sparse_scatter_var",
     "tune_block_size",
 ]

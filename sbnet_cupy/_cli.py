@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, _demo, _info
+from . import __version__, _demo, _demo_figure, _demo_network, _demo_picture, _info
+from ._demo_errors import DemoError, MissingDependency, brief
 
 _DESCRIPTION = """\
-Find edges in the interesting blocks of a photograph, and skip the rest.
+Run a chain of residual bottlenecks on the interesting blocks of a photograph, and skip the rest.
 
-A pixel is interesting if its brightness is far from the picture's median; a block is active if any of its
-pixels is. Active blocks are gathered with a halo of one pixel, run through a 3x3 convolution, and
-scattered back. The result is compared with the same work on the whole picture, both are timed, and a PNG
-shows picture, mask, active blocks and result. Runs on the GPU if there is one, else on NumPy.
+A pixel is interesting if its brightness is far from the picture's median; a block is active if any of its pixels is,
+or a pixel so near that it depends on the block. The network finds contours: a 3x3 convolution and three bottlenecks,
+all sparse. The result is compared with the dense network, both are timed, and a PNG shows picture, active blocks, the
+features of both networks and their difference. Runs on the GPU if there is one, else on NumPy.
 """
 
 _EPILOG = """\
-Exit status: 0 if the results are equal, 1 if they differ or something is missing, 2 for a bad argument.
+Exit status: 0 if the results agree, 1 if they differ or something is missing, 2 for a bad argument.
 """
 
 
@@ -42,28 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_output(options.output, options.image)
         outcome = _run_demo(options)
-    except _demo.MissingDependency as error:
+    except MissingDependency as error:
         return _fail(parser, str(error))
-    except _demo.DemoError as error:
+    except DemoError as error:
         parser.error(str(error))
     except MemoryError as error:  # CuPy's own kind included
-        return _fail(parser, f"not enough memory for this picture: {_demo.brief(error)}")
+        return _fail(parser, f"not enough memory for this picture: {brief(error)}")
     if outcome.differing_pixels:
-        return _fail(parser, "the sparse result differs from the whole-picture result")
+        return _fail(parser, "the sparse result differs from the dense one")
     return 0
 
 
 def _run_demo(options: argparse.Namespace) -> _demo.Outcome:
-    name, picture = _demo.load_picture(options.image)
-    _demo.require_matplotlib()
+    name, picture = _demo_picture.load_picture(options.image)
+    _demo_figure.require_matplotlib()
     xp, backend = _demo.choose_backend()
     print(f"sbnet-cupy {__version__} on {backend}")
     outcome = _demo.run(picture, options.bsize, options.tol, xp)
     print(_summary(name, outcome, options.tol))
     try:
-        _demo.draw(outcome, options.tol, options.output)
+        _demo_figure.draw(outcome, options.output)
     except OSError as error:
-        raise _demo.DemoError(_unwritable(options.output, error)) from error
+        raise DemoError(_unwritable(options.output, error)) from error
     print(f"wrote     {options.output}")
     return outcome
 
@@ -71,27 +72,35 @@ def _run_demo(options: argparse.Namespace) -> _demo.Outcome:
 def _summary(name: str, outcome: _demo.Outcome, tol: float) -> str:
     height, width = outcome.mask.shape
     pixels, blocks, convolved = height * width, outcome.active.size, outcome.convolved_pixels
-    sparse, whole = outcome.sparse_seconds, outcome.whole_seconds
-    if outcome.differing_pixels:
-        check = (
-            f"MISMATCH: {outcome.differing_pixels} of {pixels} pixels differ from the whole-picture result, "
-            f"by up to {outcome.largest_difference:g} of 255"
-        )
-    else:
-        check = f"exactly equal to the whole-picture result on all {pixels} pixels"
+    sparse, dense = outcome.clock.sparse_seconds, outcome.clock.dense_seconds
     rows, columns = outcome.tile
+    chain = f"{_demo_network.BOTTLENECKS} bottlenecks of {_demo_network.CHANNELS}/{_demo_network.DIRECTIONS} channels"
     return "\n".join(
         [
             f"picture   {name}, {width} x {height} pixels",
             f"mask      {outcome.mask.mean():.1%} of pixels: brightness more than {tol:g} from the median",
             f"blocks    {outcome.active_blocks} of {blocks} active, {columns} x {rows} pixels each: "
             f"{1 - outcome.active_blocks / blocks:.1%} skipped",
-            f"pixels    {convolved} convolved, halos included, of {pixels}: {convolved / pixels:.1%}",
-            f"sparse    {1e3 * sparse:.3f} ms: mask reduction, gather, convolution, scatter",
-            f"whole     {1e3 * whole:.3f} ms: padding, convolution: {whole / sparse:.2f} times as long",
-            f"          (medians of {_demo.RUNS} runs in turn, after a warm-up; the mask is made beforehand)",
-            f"check     {check}",
+            f"network   a 3x3 convolution and {chain}, float32",
+            f"pixels    {convolved} convolved by each layer, halos included, of {pixels}: {convolved / pixels:.1%}",
+            f"sparse    {1e3 * sparse:.3f} ms: mask reduction, convolution, bottlenecks",
+            f"dense     {1e3 * dense:.3f} ms: convolution, bottlenecks: {dense / sparse:.2f} times as long",
+            f"          ({outcome.clock.method}; the mask is made beforehand)",
+            f"check     {_verdict(outcome)}",
         ]
+    )
+
+
+def _verdict(outcome: _demo.Outcome) -> str:
+    pixels, certain = outcome.mask.size, int(outcome.certain.sum())
+    if outcome.differing_pixels:
+        return (
+            f"MISMATCH: {outcome.differing_pixels} of {pixels} pixels differ from what the dense network computes, "
+            f"by up to {outcome.largest_difference:g} of {outcome.dense.max():g}"
+        )
+    return (
+        f"exactly equal to the dense network on {certain} pixels, all {outcome.mask.sum()} masked ones among them,\n"
+        f"          and on all {pixels} to a dense network that drops inactive blocks after each layer"
     )
 
 
@@ -108,7 +117,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--image",
         type=Path,
         metavar="PATH",
-        help=f"picture to work on (default: {_demo.DEFAULT_IMAGE}, which scikit-image brings)",
+        help=f"picture to work on (default: {_demo_picture.DEFAULT_IMAGE}, which scikit-image brings)",
     )
     parser.add_argument(
         "--bsize",
@@ -163,14 +172,14 @@ def _fraction(text: str) -> float:
 def _check_output(path: Path, image: Path | None) -> None:
     """Raise before the work, not after it, where the picture cannot be written."""
     if os.path.isdir(path):
-        raise _demo.DemoError(f"--output: expected a file to write, got the directory {str(path)!r}")
+        raise DemoError(f"--output: expected a file to write, got the directory {str(path)!r}")
     exists = os.path.exists(path)
     if exists and image is not None and os.path.exists(image) and path.samefile(image):
-        raise _demo.DemoError(f"--output: expected another file than --image, got {str(path)!r}")
+        raise DemoError(f"--output: expected another file than --image, got {str(path)!r}")
     if not os.path.isdir(path.parent):
-        raise _demo.DemoError(f"--output: expected a file in an existing directory, got {str(path)!r}")
+        raise DemoError(f"--output: expected a file in an existing directory, got {str(path)!r}")
     if not os.access(path if exists else path.parent, os.W_OK):
-        raise _demo.DemoError(_unwritable(path, PermissionError("permission denied")))
+        raise DemoError(_unwritable(path, PermissionError("permission denied")))
 
 
 def _unwritable(path: Path, error: OSError) -> str:

@@ -268,7 +268,7 @@ def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
     tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
     channels = call.source.shape[3]
     if 0 in (*call.target.shape, call.rows):
-        return _ReadyBottleneck(bottleneck_instance("", (), ("", "", ""), 0), 0, 0, _jit.Template(0, []))
+        return _ReadyBottleneck(bottleneck_instance("", (), ("", "", ""), 0, 1), 0, 0, _jit.Template(0, []))
     if not (is_whole(call.source) and is_whole(call.target)):
         return None
     problem = BottleneckProblem(
@@ -279,7 +279,7 @@ def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
         return None
     numbers = (channels, call.inner, *plan.tile, *call.layer.ksize)
     first, second, third = (layout.expression for layout in plan.layouts)
-    instance = bottleneck_instance(products_of(dtype, tensor), numbers, (first, second, third), plan.near)
+    instance = bottleneck_instance(products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts)
     if call.in_place:
         resident = _jit.ctas_that_fit(instance, THREADS, plan.shared)
         if plan.ctas > resident * limits.multiprocessors:

@@ -14,10 +14,10 @@ from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
 Pair = tuple[int, int]
 
 #: Threads of a CTA, warps, and rows of a product of a warp, as in kernels/window.cuh and kernels/products.cuh.
-THREADS, WARPS, ROWS = 512, 16, 16
+THREADS, WARPS, ROWS = 256, 8, 16
 
 #: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
-MOST_SUMS = 8
+MOST_SUMS = 16
 
 
 class DeviceLimits(NamedTuple):
@@ -132,7 +132,7 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
         tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
         window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
         window_bytes = window[0] * window[1] * pitch
-        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns):
+        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns, problem.uses_tensor_cores):
             channels = 8 * layout.columns
             if problem.activates:
                 channels += 8 * packing.chunk * packing.chunks * packing.lanes
@@ -155,15 +155,15 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
             yield height, width
 
 
-def warp_layouts(row_tiles: int, column_tiles: int) -> Iterator[WarpLayout]:
-    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns."""
+def warp_layouts(row_tiles: int, column_tiles: int, tensor: bool, most: int = MOST_SUMS) -> Iterator[WarpLayout]:
+    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns, with up to `most` sums a warp."""
     powers = [1 << k for k in range(WARPS.bit_length())]
     for warps_m, warps_n in itertools.product(powers, powers):
         if warps_m * warps_n > WARPS:
             continue
         m = math.ceil(row_tiles / warps_m)
-        for n in (1, 2, 3, 4, 6):
-            if m <= 6 and m * n <= MOST_SUMS and column_tiles % (n * warps_n) == 0:
+        for n in (1, 2, 3, 4, 6, 8, 12) if tensor else (1, 2, 3, 4):  # plain arithmetic holds more of the weights
+            if m <= 6 and m * n <= most and column_tiles % (n * warps_n) == 0:
                 yield WarpLayout(m, n, warps_m, warps_n)
 
 
@@ -177,6 +177,15 @@ _WAITS = 2500
 
 #: Warps that keep tensor cores busy.
 _BUSY_WARPS = 8
+
+
+#: Clocks of an exchange of sums, besides its traffic, and of a pass over the channels of a result.
+_EXCHANGE, _PASS = 500, 600
+
+
+def exchange_clocks(layout: WarpLayout) -> float:
+    """Clocks in which warps add up their parts."""
+    return _EXCHANGE + 2 * layout.exchanged_bytes / _SHARED if layout.depth > 1 else 0
 
 
 def product_clocks(rows: int, layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
@@ -202,7 +211,7 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
         plan.layout.rows, plan.layout, packing.steps, itemsize, problem.uses_tensor_cores
     )
     load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
-    out = 2 * plan.layout.exchanged_bytes / _SHARED
+    out = exchange_clocks(plan.layout)
     out += plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
     return waves * (_WAITS + together * (product + load + out))
 
@@ -231,12 +240,15 @@ class BottleneckPlan:
     layouts: tuple[WarpLayout, WarpLayout, WarpLayout]
     #: Bit k tells that the weights of product k are kept in shared memory.
     near: int
+    #: Parts of its channels in which the input is brought.
+    parts: int
     shared: int
     ctas: int
 
 
-#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product.
-_PASS_SUMS = 4
+#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product, by the size of a number: what is
+#: added to them takes registers too.
+_PASS_SUMS = {2: 12, 4: 4}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -258,7 +270,7 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
                 (halo, pixels, pixels),
                 (problem.inner, problem.inner, problem.channels),
                 bottleneck_steps(problem),
-                (None, None, _PASS_SUMS),
+                (None, None, _PASS_SUMS[problem.itemsize]),
             )
         )
         if None in layouts:
@@ -282,7 +294,21 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
         if shared <= limits.cta_shared:
             tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
             ctas = problem.rows * tiles[0] * tiles[1]
-            yield BottleneckPlan(tile, tiles, layouts, near, shared, ctas)  # type: ignore[arg-type]
+            parts = window_parts(problem, halo) if near & 1 else 1
+            yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas)  # type: ignore[arg-type]
+
+
+#: Bytes of a window from which it comes in parts, and parts at most.
+_PART_BYTES, _MOST_PARTS = 1 << 14, 4
+
+
+def window_parts(problem: BottleneckProblem, halo: int) -> int:
+    """In how many parts of whole steps the channels of a window come."""
+    pieces = problem.channels * problem.itemsize // PIECE_BYTES
+    for parts in range(_MOST_PARTS, 1, -1):
+        if pieces % (parts * STEP_PIECES) == 0 and halo * pieces * PIECE_BYTES >= parts * _PART_BYTES:
+            return parts
+    return 1
 
 
 def halo_pixels(tile: Pair, ksize: Pair) -> int:
@@ -307,9 +333,12 @@ def _best_layout(
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
         product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
-        return passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
+        # What is read and written in rows of fewer bytes than a few sectors of memory takes longer.
+        row = layout.n * COLUMNS * problem.itemsize
+        rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
+        return passes * (product + exchange_clocks(layout) + _PASS) + rows
 
-    found = warp_layouts(row_tiles, column_tiles)
+    found = warp_layouts(row_tiles, column_tiles, problem.uses_tensor_cores, most or MOST_SUMS)
     fitting = [
         layout
         for layout in found
@@ -329,7 +358,7 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
         passes = problem.channels // layout.columns if number == 2 else 1
         product = product_clocks(layout.rows, layout, steps, itemsize, tensor)
-        clocks += passes * (product + 2 * layout.exchanged_bytes / _SHARED + 200)
+        clocks += passes * (product + exchange_clocks(layout) + _PASS)
     pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
     share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
     clocks += pixels * problem.channels * itemsize / share

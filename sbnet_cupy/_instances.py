@@ -151,9 +151,11 @@ def conv_instance(products: str, layout: str, shape: tuple[int, ...], form: tupl
     )
 
 
-def bottleneck_instance(products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str], near: int) -> Instance:
-    """The fused bottleneck: channels, inner channels, tile, kernel; each product's layout; which weights are near."""
-    arguments = [products, *map(str, numbers), *layouts, str(near)]
+def bottleneck_instance(
+    products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str], near: int, parts: int
+) -> Instance:
+    """The fused bottleneck: channels, inner channels, tile and kernel size; layouts; which weights are near; parts."""
+    arguments = [products, *map(str, numbers), *layouts, str(near), str(parts)]
     return Instance("bottleneck.cu", f"sbnet::bottleneck<{', '.join(arguments)}>")
 
 

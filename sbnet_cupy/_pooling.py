@@ -44,17 +44,31 @@ _INT32 = np.dtype(np.int32)
 
 
 def reduce_mask(
-    mask: Any, spec: Spec, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
+    mask: Any,
+    spec: Spec,
+    bcount: tuple[int, int],
+    grid: BlockGrid,
+    tol: float,
+    avgpool: bool,
+    capacity: int | None,
+    out: tuple[Any, Any] | None,
 ) -> tuple[Any, Any]:
-    """Device side of ``reduce_mask``: (indices, bin_counts). `spec` is that of `mask`, with axes [N, H, W]."""
-    ready = _prepare(spec, bcount, grid, tol, avgpool, capacity)
+    """Device side of ``reduce_mask``: (indices, bin_counts). `spec` is that of `mask`, with axes [N, H, W].
+
+    `out` is memory for the two, with room for all rows.
+    """
+    ready = _prepare(spec, bcount, grid, tol, avgpool, capacity, out is not None)
     if ready is None:
-        return _nothing(capacity or 0)
-    # One allocation, which takes less time than three, for the words, the count and the indices.
-    memory = cupy.cuda.alloc(ready.result_bytes)
-    scratch = cupy.cuda.alloc(ready.scratch_bytes) if ready.scratch_bytes else memory
-    bin_counts = memory + ready.count_offset
-    indices = memory + ready.indices_offset
+        return _nothing(capacity or 0, out)
+    if out is None:
+        # One allocation, which takes less time than three, for the words, the count and the indices.
+        memory = cupy.cuda.alloc(ready.result_bytes)
+        scratch = cupy.cuda.alloc(ready.scratch_bytes) if ready.scratch_bytes else memory
+        bin_counts = memory + ready.count_offset
+        indices = memory + ready.indices_offset
+    else:
+        scratch = cupy.cuda.alloc(ready.scratch_bytes)
+        indices, bin_counts = (array.data for array in out)
     waiting = _waiting() if capacity is None else None
     argument = ready.argument.at(
         mask.data.ptr,
@@ -74,10 +88,10 @@ def reduce_mask(
     return cupy.ndarray((rows, 3), _INT32, indices), cupy.ndarray((1,), _INT32, bin_counts)
 
 
-def _nothing(rows: int) -> tuple[Any, Any]:
+def _nothing(rows: int, out: tuple[Any, Any] | None) -> tuple[Any, Any]:
     """The result without an active block."""
-    indices = cupy.empty((rows, 3), _INT32)
-    bin_counts = cupy.empty(1, _INT32)
+    indices, bin_counts = out or (cupy.empty((rows, 3), _INT32), cupy.empty(1, _INT32))
+    indices = indices[:rows]
     if rows:
         indices.data.memset_async(0xFF, indices.nbytes)
     bin_counts.data.memset_async(0, 4)
@@ -139,7 +153,13 @@ class _Ready:
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    mask: Spec, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
+    mask: Spec,
+    bcount: tuple[int, int],
+    grid: BlockGrid,
+    tol: float,
+    avgpool: bool,
+    capacity: int | None,
+    given: bool = False,
 ) -> _Ready | None:
     """None if no block can be active."""
     threshold = _threshold(mask.dtype, grid, tol, avgpool)
@@ -178,15 +198,16 @@ def _prepare(
         argument=_jit.Template(7, fields),
         fused=capacity is None and words <= _FUSED_WORDS,
         tiles=(tiles, 1, 1),
-        **_memory(words, tiles, rows),
+        **_memory(words, tiles, rows, given),
     )
 
 
-def _memory(words: int, tiles: int, rows: int) -> dict[str, int]:
-    """Where words, counts and indices lie."""
+def _memory(words: int, tiles: int, rows: int, given: bool = False) -> dict[str, int]:
+    """Where words, counts and indices lie; the result perhaps in memory that is `given`."""
     counted = words > _MANY_WORDS
     scratch = 4 * (words + tiles * counted)
-    apart = scratch > max(_SMALL_SCRATCH, 12 * rows)  # else a few rows would keep much memory from others
+    # Else a few rows would keep much memory from others.
+    apart = given or scratch > max(_SMALL_SCRATCH, 12 * rows)
     count_offset = 0 if apart else scratch
     indices_offset = math.ceil((count_offset + 4) / 16) * 16
     return {

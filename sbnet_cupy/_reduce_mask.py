@@ -14,7 +14,16 @@ import numpy as np
 from . import _device, _reference
 from ._conv_geometry import BlockParams
 from ._geometry import BlockGrid, parse_grid, parse_pair
-from ._validate import Spec, array_namespace, check_mask, check_place, current_device, spec_of
+from ._validate import (
+    Spec,
+    array_namespace,
+    check_like,
+    check_mask,
+    check_output,
+    check_place,
+    current_device,
+    spec_of,
+)
 
 _INT32_MAX = 2**31 - 1
 
@@ -44,6 +53,7 @@ def reduce_mask(
     tol: float = 0.5,
     avgpool: bool = False,
     capacity: int | None = None,
+    out: BlockIndices | None = None,
 ) -> BlockIndices:
     """Find the blocks of a grid in which a mask is active.
 
@@ -67,40 +77,46 @@ def reduce_mask(
         full area ``bsize[0]*bsize[1]`` is ``> tol``. Sums are float64, exact for integers and bool.
     capacity : int, optional
         Length M of the result. Without it, M is the number of active blocks.
+    out : BlockIndices, optional
+        Where to put the result: contiguous arrays that share no memory with each other or with `mask`. The indices have
+        `capacity` rows; without `capacity`, a row for each block of the grid, ``N*bcount[0]*bcount[1]``.
 
     Returns
     -------
     BlockIndices
         ``active_block_indices`` int32 ``[M, 3]`` in ascending order and ``bin_counts`` int32 ``[1]``. With
         `capacity`, rows past the count are ``(-1, -1, -1)``, and ``bin_counts`` is the true count, also where it
-        exceeds `capacity`: then the first `capacity` active blocks are listed.
+        exceeds `capacity`: then the first `capacity` active blocks are listed. Of `out`, where it was given: without
+        `capacity`, the first M rows of its indices.
 
     Raises
     ------
     TypeError
-        `mask` is no array or has another dtype; `tol` or `capacity` is no number.
+        `mask` is no array or has another dtype; `tol` or `capacity` is no number; `out` is of another kind or dtype.
     ValueError
         A wrong rank, a size or stride below 1, a negative `bcount` or `capacity`, more than ``2**31 - 1``
-        blocks, or an array on another device than the current one.
+        blocks, an array on another device than the current one, or an `out` that does not fit.
 
     Notes
     -----
     With CuPy arrays, work runs on the current stream. Without `capacity` it synchronises that stream once, to read
     the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid; the first such
     call of a thread of the host synchronises once more, to set up what it waits with. With `capacity` it does not
-    synchronise. Both results are views of one allocation. Scratch memory of 4 bytes for each up to 32 neighbouring
-    blocks of a grid row lies in it too where it takes less than the indices or 4 KB, and otherwise goes back to CuPy's
-    pool on return. The result is bitwise reproducible; for average pooling of
-    floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.
+    synchronise. Both results are views of one allocation, or lie in `out`. Scratch memory of 4 bytes for each up to 32
+    neighbouring blocks of a grid row lies in that allocation too where it takes less than the indices or 4 KB, and
+    otherwise goes back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of floating
+    masks, NumPy and CuPy may differ by the rounding of a float64 sum.
     """
     xp = array_namespace({"mask": mask})
     grid = parse_grid(bsize, boffset, bstride)
-    blocks, threshold, avgpool, capacity = _parse(bcount, tol, avgpool, capacity)
+    blocks, threshold, avgpool, capacity = parse_reduction(bcount, tol, avgpool, capacity)
     spec = _check(spec_of(mask), blocks, current_device(xp))
+    if out is not None:
+        _check_out(out, mask, blocks, capacity, current_device(xp))
     if xp is np:
         image = mask[..., 0] if mask.ndim == 4 else mask
-        return _reduce_on_host(image, blocks, grid, threshold, avgpool, capacity)
-    return BlockIndices(*_device.pooling().reduce_mask(mask, spec, blocks, grid, threshold, avgpool, capacity))
+        return _reduce_on_host(image, blocks, grid, threshold, avgpool, capacity, out)
+    return BlockIndices(*_device.pooling().reduce_mask(mask, spec, blocks, grid, threshold, avgpool, capacity, out))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,7 +131,26 @@ def _check(mask: Spec, blocks: tuple[int, int], device: int) -> Spec:
     return mask._replace(shape=mask.shape[:3], strides=mask.strides[:3])
 
 
-def _parse(bcount: Any, tol: Any, avgpool: Any, capacity: Any) -> tuple[tuple[int, int], float, bool, int | None]:
+def _check_out(out: Any, mask: Any, blocks: tuple[int, int], capacity: int | None, device: int) -> None:
+    """Raise unless the result can be put there."""
+    if not isinstance(out, BlockIndices):
+        raise TypeError(f"out: expected BlockIndices, got {type(out).__name__}")
+    rows = mask.shape[0] * blocks[0] * blocks[1] if capacity is None else capacity
+    taken = {"mask": mask}
+    for field, shape, axes in (("active_block_indices", (rows, 3), "M, 3"), ("bin_counts", (1,), "1")):
+        name, array = f"out.{field}", getattr(out, field)
+        array_namespace({"mask": mask, name: array})
+        check_like(name, spec_of(array), np.dtype(np.int32), shape, axes, "the result")
+        check_place(name, spec_of(array), device)
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name}: expected a contiguous array, got strides {array.strides}")
+        check_output(name, array, **taken)
+        taken[name] = array
+
+
+def parse_reduction(
+    bcount: Any, tol: Any, avgpool: Any, capacity: Any
+) -> tuple[tuple[int, int], float, bool, int | None]:
     """The numbers among the arguments, checked."""
     try:
         rows, columns = bcount
@@ -171,7 +206,13 @@ def block_indices(
 
 
 def _reduce_on_host(
-    mask: Any, bcount: tuple[int, int], grid: BlockGrid, tol: float, avgpool: bool, capacity: int | None
+    mask: Any,
+    bcount: tuple[int, int],
+    grid: BlockGrid,
+    tol: float,
+    avgpool: bool,
+    capacity: int | None,
+    out: BlockIndices | None,
 ) -> BlockIndices:
     indices = _reference.compact(_reference.block_activity(mask, bcount, grid, tol, avgpool))
     bin_counts = np.array([len(indices)], np.int32)
@@ -179,7 +220,11 @@ def _reduce_on_host(
         padded = np.full((capacity, 3), -1, np.int32)
         padded[: len(indices)] = indices[:capacity]
         indices = padded
-    return BlockIndices(indices, bin_counts)
+    if out is None:
+        return BlockIndices(indices, bin_counts)
+    out.active_block_indices[: len(indices)] = indices
+    out.bin_counts[...] = bin_counts
+    return BlockIndices(out.active_block_indices[: len(indices)], out.bin_counts)
 
 
 def _parse_tol(tol: Any) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._affine import FLOATING, IDENTITY
+from ._clock import time_captured
 from ._conv_geometry import BlockParams, Layer, Pair, block_params, make_chain, parse_ksize
 from ._geometry import parse_pair
 from ._reduce_mask import BlockIndices, block_indices
@@ -218,40 +217,8 @@ def _measure_seconds(inputs: _ChainInputs, params: BlockParams, indices: BlockIn
             stack = stacks.convolve(step, stack, w, IDENTITY)
         stacks.scatter(stack, inputs.y, add=False)
 
-    return _time_captured(inputs.xp, chain)
-
-
-def _time_captured(cupy: Any, call: Callable[[], None]) -> float:
-    """Median seconds of a call within a CUDA graph of several, on a stream and with memory of its own."""
-    cupy.cuda.get_current_stream().synchronize()  # what the call reads was made there
-    stream = cupy.cuda.Stream(non_blocking=True)
-    pool = cupy.cuda.MemoryPool()  # keeps what the captured calls allocate for as long as the graph is replayed
-    with stream, cupy.cuda.using_allocator(pool.malloc):
-        call()  # compiles
-        graph = _capture(call, stream)
-        graph.launch(stream)
-        events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(_REPEATS)]
-        for begin, end in events:
-            begin.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-        stream.synchronize()
-    samples = [cupy.cuda.get_elapsed_time(begin, end) for begin, end in events]
-    return float(statistics.median(samples)) * 1e-3 / _ROUNDS
-
-
-def _capture(call: Callable[[], None], stream: Any) -> Any:
-    """A CUDA graph of several calls."""
-    stream.begin_capture()
-    try:
-        for _ in range(_ROUNDS):
-            call()
-    except BaseException:
-        # A stream whose capture has not ended is of no use; that may fail for the same reason.
-        with contextlib.suppress(Exception):
-            stream.end_capture()
-        raise
-    return stream.end_capture()
+    _, (seconds,) = time_captured(inputs.xp, [chain], rounds=_ROUNDS, repeats=_REPEATS)
+    return seconds
 
 
 def _receptive_field(ksizes: Sequence[Pair]) -> Pair:

@@ -156,10 +156,10 @@ def check_mask(name: str, spec: Spec) -> None:
         raise ValueError(f"{name}: expected shape (N, H, W) or (N, H, W, 1), got {spec.shape}")
 
 
-def check_like(name: str, spec: Spec, dtype: np.dtype[Any], shape: tuple[int, ...], axes: str) -> None:
-    """Raise unless it has `dtype`, the one of argument x, and `shape`, whose axes are `axes`."""
+def check_like(name: str, spec: Spec, dtype: np.dtype[Any], shape: tuple[int, ...], axes: str, like: str = "x") -> None:
+    """Raise unless it has `dtype`, the one of the argument `like`, and `shape`, whose axes are `axes`."""
     if spec.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype} like x, got {spec.dtype}")
+        raise TypeError(f"{name}: expected dtype {dtype} like {like}, got {spec.dtype}")
     if spec.shape != shape:
         raise ValueError(f"{name}: expected shape {shape} ({axes}), got {spec.shape}")
 

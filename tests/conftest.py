@@ -1,9 +1,11 @@
-"""Which tests need a CUDA device, and how many examples Hypothesis tries.
+"""Which tests need a CUDA device, how many processes run them, and how many examples Hypothesis tries.
 
 Environment variables
 ---------------------
 SBNET_CUPY_REQUIRE_GPU
     ``1``: without a usable CUDA device the run fails, instead of skipping the tests that need one.
+SBNET_CUPY_TEST_ALL
+    ``1``: every mutant, and every block size for every generation of GPUs, of which there are samples by default.
 HYPOTHESIS_PROFILE
     ``default``, ``ci`` (the same examples in every run; the default where ``CI`` is set) or ``thorough``.
 """
@@ -15,6 +17,11 @@ import os
 
 import hypothesis
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes that wait for each other make NumPy's products several times as slow. It reads this
+    # when it is imported, which is later.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # No deadlines: the first call on a device compiles a kernel.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -39,6 +46,12 @@ def pytest_configure() -> None:
     """Refuse to run without a device where one is required."""
     if os.environ.get("SBNET_CUPY_REQUIRE_GPU") == "1" and no_device():
         raise pytest.UsageError(f"SBNET_CUPY_REQUIRE_GPU=1, but {no_device()}")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes ``-n auto`` starts: none where there is a device, which tests time and fill."""
+    return min(4, os.cpu_count() or 1) if no_device() else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

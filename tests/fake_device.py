@@ -50,6 +50,7 @@ class FakeDevice(types.ModuleType):
         self.cuda = types.SimpleNamespace(
             Device=FakeStream,
             Stream=FakeStream,
+            get_current_stream=FakeStream,
             Event=lambda: event,
             get_elapsed_time=lambda begin, end: 0.05,
             MemoryPool=lambda: pool,

@@ -124,6 +124,10 @@ class TestCases:
         size, model = cases.byte_model(overlapping, sets=3)
         assert size == 4 * 18 * 18 * 16 + 2 * 32 * 32 * 16
         assert "covered" in model
+        image = 32 * 32 * 16
+        assert cases.byte_model(Transfer("", "gather_grad", shape, **tile))[0] == image + 3 * stack
+        assert cases.byte_model(replace(overlapping, op="gather_grad"))[0] == image + size
+        assert cases.byte_model(Transfer("", "scatter_grad", shape, **tile))[0] == 3 * image + 2 * stack
 
     def test_active_indices_are_distinct_and_ascending(self) -> None:
         found = cases.active_indices(3, (4, 5), 17, seed=1)
@@ -185,7 +189,7 @@ class TestData:
         ours = gather_scatter.library(case, inputs, expected)
         assert ours.check([call() for call in ours.calls])
 
-    @pytest.mark.parametrize("op", ["gather", "scatter", "add"])
+    @pytest.mark.parametrize("op", ["gather", "scatter", "add", "gather_grad"])
     def test_a_single_wrong_bit_is_noticed(self, op: str) -> None:
         case = Transfer("", op, (1, 20, 20, 3), (8, 8), (0, 0), (8, 8))
         inputs = data.make_inputs(np, case, 1)
@@ -196,6 +200,17 @@ class TestData:
         result.view(np.uint32)[0, 0, 0, 0] ^= 1
         assert not expected.check([result])
         assert not expected.check([result[:, :-1]])
+
+    @pytest.mark.parametrize("part", [0, 1])
+    def test_a_single_wrong_bit_of_a_pair_is_noticed(self, part: int) -> None:
+        case = Transfer("", "scatter_grad", (1, 20, 20, 3), (8, 8), (0, 0), (6, 7))
+        inputs = data.make_inputs(np, case, 1)
+        expected = data.Expected(np, case, inputs)
+        (call,) = gather_scatter.library(case, inputs, expected).calls
+        result = call()
+        assert expected.check([result])
+        result[part].view(np.uint32)[0, 0, 0, 0] ^= 1
+        assert not expected.check([result])
 
     def test_zeros_of_either_sign_differ(self) -> None:
         assert not data.same_bits(np.array([0.0]), np.array([-0.0]))

@@ -1,4 +1,4 @@
-"""What only a device can show: streams, synchronisation, CUDA graphs, size, reproducibility."""
+"""What only a device can show: streams, synchronisation, size, reproducibility. CUDA graphs: test_graphs.py."""
 
 from __future__ import annotations
 
@@ -182,39 +182,6 @@ def test_work_runs_on_the_current_stream() -> None:
         assert not bool(other.any())
     busy.synchronize()
     assert bool((stack == 1).all())
-
-
-def test_the_chain_is_captured_in_a_cuda_graph_and_follows_its_mask() -> None:
-    x = random_image((1, 128, 160, 8), "float32")
-    device_x, mask = cupy.asarray(x), cupy.zeros((1, 128, 160), bool)
-    out = cupy.empty_like(device_x)
-    pool = cupy.cuda.MemoryPool()  # holds what the graph uses, for as long as the graph lives
-
-    def chain() -> tuple[Any, Any]:
-        active = sbnet_cupy.reduce_mask(mask, (8, 10), **TILES, capacity=40)
-        arguments = (active.bin_counts, active.active_block_indices)
-        stack = sbnet_cupy.sparse_gather(device_x, *arguments, **TILES)
-        return active, sbnet_cupy.sparse_scatter(2 * stack, *arguments, device_x, **TILES, out=out)
-
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream, cupy.cuda.using_allocator(pool.malloc):
-        chain()
-        stream.synchronize()
-        stream.begin_capture()
-        active, result = chain()
-        graph = stream.end_capture()
-    for density in (0.3, 0.0, 1.0, 0.1):
-        contents = random_mask((1, 128, 160), density, seed=7)
-        mask.set(contents)
-        cupy.cuda.Device().synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-        expected = sbnet_cupy.reduce_mask(contents, (8, 10), **TILES, capacity=40)
-        assert identical(active.bin_counts, expected.bin_counts)
-        assert identical(active.active_block_indices, expected.active_block_indices)
-        blocks = 2 * sbnet_cupy.sparse_gather(x, expected.bin_counts, expected.active_block_indices, **TILES)
-        wanted = sbnet_cupy.sparse_scatter(blocks, expected.bin_counts, expected.active_block_indices, x, **TILES)
-        assert identical(result, wanted)
 
 
 def test_threads_with_streams_of_their_own() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbnet_cupy import reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_var
+from sbnet_cupy import BlockIndices, reduce_mask, sparse_gather, sparse_scatter, sparse_scatter_var
 
 GRID: dict[str, Any] = {"bsize": (2, 2), "bstride": (2, 2)}
 
@@ -264,6 +264,28 @@ def test_tol_and_capacity(good: Arguments) -> None:
         expect(TypeError, message, good.reduce, capacity=bad)
     for bad in (-1, 2**31):
         expect(ValueError, f"capacity: expected an integer from 0 to 2**31 - 1, got {bad}", good.reduce, capacity=bad)
+
+
+def test_where_to_put_the_blocks_of_a_mask(xp: Any, good: Arguments) -> None:
+    def out(rows: int = 12, dtype: Any = np.int32, count: int = 1) -> BlockIndices:
+        return BlockIndices(xp.zeros((rows, 3), dtype), xp.zeros(count, np.int32))
+
+    good.reduce(out=out())
+    good.reduce(capacity=7, out=out(7))
+    expect(TypeError, "out: expected BlockIndices, got tuple", good.reduce, out=tuple(out()))
+    message = "out.active_block_indices: expected shape (12, 3) (M, 3), got (7, 3)"
+    expect(ValueError, message, good.reduce, out=out(7))
+    message = "out.active_block_indices: expected shape (7, 3) (M, 3), got (12, 3)"
+    expect(ValueError, message, good.reduce, capacity=7, out=out())
+    message = "out.active_block_indices: expected dtype int32 like the result, got int64"
+    expect(TypeError, message, good.reduce, out=out(dtype=np.int64))
+    expect(ValueError, "out.bin_counts: expected shape (1,) (1), got (2,)", good.reduce, out=out(count=2))
+    strided = BlockIndices(xp.zeros((24, 3), np.int32)[::2], xp.zeros(1, np.int32))
+    expect(ValueError, "out.active_block_indices: expected a contiguous array", good.reduce, out=strided)
+    memory = xp.zeros(40, np.int32)
+    shared = BlockIndices(memory[:36].reshape(12, 3), memory[35:36])
+    message = "out.bin_counts: expected memory of its own, got an array that overlaps out.active_block_indices"
+    expect(ValueError, message, good.reduce, out=shared)
 
 
 def test_nothing_changes_after_an_error(good: Arguments) -> None:

@@ -1,25 +1,174 @@
-"""CUDA graphs: captured once, replayed on other masks, with work in proportion to the active blocks."""
+"""CUDA graphs: captured once by CuPy or PyTorch, replayed on other masks, with work in proportion to the count."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import networks
 import numpy as np
 import pytest
 from cases import identical
 from test_device import HALO, TILES, random_image, random_mask
+from test_networks_device import on_device
 
 import sbnet_cupy
+from sbnet_cupy import BlockIndices, BottleneckWeights
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu
 
 
-def test_the_chain_is_captured_by_pytorch() -> None:
-    """CuPy's work runs on PyTorch's capturing stream, and takes its memory from a pool of the graph's own."""
-    torch = pytest.importorskip("torch")
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and what has to live as long as it does."""
+
+    launch: Callable[[], object]
+    stream: Any
+    pool: Any
+    result: Any
+
+    def replay(self) -> None:
+        """Run the graph on what its inputs hold now, and wait for it."""
+        cupy.cuda.Device().synchronize()
+        self.launch()
+        self.stream.synchronize()
+
+
+def capture_with_cupy(step: Callable[[], Any]) -> Captured:
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        step()  # compiles
+        stream.synchronize()
+        stream.begin_capture()
+        result = step()
+        graph = stream.end_capture()
+    return Captured(lambda: graph.launch(stream), stream, pool, result)
+
+
+def capture_with_torch(step: Callable[[], Any]) -> Captured:
+    """In PyTorch's default mode, which allows no memory to be taken from the driver: CuPy's pool is filled before."""
+    pool = cupy.cuda.MemoryPool()
+    return _capture_with_torch(step, pool.malloc, pool)
+
+
+def capture_with_torch_memory(step: Callable[[], Any]) -> Captured:
+    """With CuPy's memory from PyTorch's allocator, and so from the pool of the graph."""
+    torch = find_torch()
+
+    def malloc(size: int, device: int) -> int:
+        pointer: int = torch.cuda.caching_allocator_alloc(size, device, cupy.cuda.get_current_stream().ptr)
+        return pointer
+
+    def free(pointer: int, device: int) -> None:
+        torch.cuda.caching_allocator_delete(pointer)
+
+    allocator = cupy.cuda.PythonFunctionAllocator(malloc, free)
+    return _capture_with_torch(step, allocator.malloc, allocator)
+
+
+def _capture_with_torch(step: Callable[[], Any], malloc: Any, pool: Any) -> Captured:
+    torch = find_torch()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    torch_stream = torch.cuda.ExternalStream(stream.ptr)
+    graph = torch.cuda.CUDAGraph()
+    with stream, torch.cuda.stream(torch_stream), cupy.cuda.using_allocator(malloc):
+        step()  # compiles, and fills the pool
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=torch_stream):
+            result = step()
+
+    def launch() -> None:
+        with torch.cuda.stream(torch_stream):
+            graph.replay()
+
+    return Captured(launch, stream, pool, result)
+
+
+def find_torch() -> Any:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    return torch
+
+
+def mask_of(count: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray[Any, Any]:
+    """A mask with one pixel set, away from the edges, in each of `count` tiles of 16 x 16, drawn anew for each seed."""
+    rows, columns = -(-shape[1] // 16), -(-shape[2] // 16)
+    chosen = np.random.default_rng(seed).permutation(shape[0] * rows * columns)[:count]
+    n, i, j = np.unravel_index(chosen, (shape[0], rows, columns))
+    mask = np.zeros(shape, bool)
+    mask[n, 16 * i + 8, 16 * j + 8] = True
+    return mask
+
+
+def test_the_ops_are_captured_and_follow_their_mask() -> None:
+    capacity, shape = 40, (1, 128, 160, 8)
+    host_x = random_image(shape, "float32")
+    x, mask, out = cupy.asarray(host_x), cupy.zeros(shape[:3], bool), cupy.empty(shape, np.float32)
+
+    def step() -> tuple[BlockIndices, Any]:
+        active = sbnet_cupy.reduce_mask(mask, (8, 10), **TILES, capacity=capacity)
+        arguments = (active.bin_counts, active.active_block_indices)
+        stack = sbnet_cupy.sparse_gather(x, *arguments, **TILES)
+        sbnet_cupy.sparse_scatter(2 * stack, *arguments, x, **TILES, out=out)
+        return active, sbnet_cupy.sparse_scatter_var(stack, *arguments, out, **TILES, add=True)
+
+    captured = capture_with_cupy(step)
+    active, y = captured.result
+    for seed, count in enumerate((7, 0, capacity, capacity + 23, 80, 1)):
+        contents = mask_of(count, shape[:3], seed)
+        mask.set(contents)
+        captured.replay()
+        expected = sbnet_cupy.reduce_mask(contents, (8, 10), **TILES, capacity=capacity)
+        assert int(active.bin_counts[0]) == count
+        assert identical(active.active_block_indices, expected.active_block_indices)
+        arguments = (expected.bin_counts, expected.active_block_indices)
+        blocks = sbnet_cupy.sparse_gather(host_x, *arguments, **TILES)
+        wanted = sbnet_cupy.sparse_scatter(2 * blocks, *arguments, host_x, **TILES)
+        assert identical(y, sbnet_cupy.sparse_scatter_var(blocks, *arguments, wanted, **TILES, add=True))
+
+
+TORCH_CAPTURES = [capture_with_torch, capture_with_torch_memory]
+
+
+@pytest.mark.parametrize("capture", TORCH_CAPTURES)
+def test_a_graph_of_pytorch_holds_work_of_both_libraries(capture: Callable[..., Captured]) -> None:
+    """Tensors go back and forth without copies, between kernels of one graph."""
+    torch = find_torch()
+    capacity, shape = 20, (2, 64, 96, 8)
+    image = torch.randn(shape, device="cuda")
+    result, torch_mask = torch.empty_like(image), torch.zeros(shape[:3], dtype=torch.bool, device="cuda")
+    x, y, mask = cupy.from_dlpack(image), cupy.from_dlpack(result), cupy.asarray(torch_mask)
+    assert y.data.ptr == result.data_ptr()
+
+    def step() -> BlockIndices:
+        active = sbnet_cupy.reduce_mask(mask, (4, 6), **TILES, capacity=capacity)
+        arguments = (active.bin_counts, active.active_block_indices)
+        stack = torch.from_dlpack(sbnet_cupy.sparse_gather(x, *arguments, **TILES))
+        result.copy_(image)
+        sbnet_cupy.sparse_scatter_var(cupy.from_dlpack(torch.relu(stack)), *arguments, y, **TILES)
+        return active
+
+    captured = capture(step)
+    host_x = image.cpu().numpy()
+    for seed, count in enumerate((5, 0, capacity, 40, 1)):
+        contents = mask_of(count, shape[:3], seed)
+        torch_mask.copy_(torch.from_numpy(contents))
+        captured.replay()
+        expected = sbnet_cupy.reduce_mask(contents, (4, 6), **TILES, capacity=capacity)
+        assert int(captured.result.bin_counts[0]) == count
+        arguments = (expected.bin_counts, expected.active_block_indices)
+        blocks = sbnet_cupy.sparse_gather(host_x, *arguments, **TILES)
+        wanted = sbnet_cupy.sparse_scatter(np.maximum(blocks, 0), *arguments, host_x, **TILES)
+        assert np.array_equal(result.cpu().numpy(), wanted)
+
+
+def test_a_stream_of_pytorch_is_captured() -> None:
+    """The other way round: CuPy's work runs on PyTorch's stream, and takes its memory from the graph's own pool."""
+    torch = find_torch()
     x = random_image((1, 128, 160, 8), "float32")
     tensor, mask = torch.from_numpy(x).cuda(), torch.zeros((1, 128, 160), dtype=torch.bool, device="cuda")
     out = torch.empty_like(tensor)
@@ -56,6 +205,38 @@ def test_the_chain_is_captured_by_pytorch() -> None:
         blocks = 2 * sbnet_cupy.sparse_gather(x, *arguments, **TILES)
         wanted = sbnet_cupy.sparse_scatter(blocks, *arguments, x, **TILES)
         assert np.array_equal(out.cpu().numpy(), wanted)
+
+
+@pytest.mark.parametrize("capture", [capture_with_cupy, *TORCH_CAPTURES])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_chain_of_bottlenecks_is_captured_and_follows_its_mask(dtype: str, capture: Callable[..., Captured]) -> None:
+    capacity, shape = 9, (1, 60, 76, 16)
+    x = random_image(shape, dtype)
+    chain = [on_device(BottleneckWeights.random(16, 8, seed=seed, dtype=dtype)) for seed in range(3)]
+    params = sbnet_cupy.calc_block_params_res_block(shape, (18, 18), chain[0].ksizes, 1, "SAME")
+    original, y, mask = cupy.asarray(x), cupy.empty(shape, dtype), cupy.zeros(shape[:3], bool)
+
+    def run(image: Any) -> BlockIndices:
+        indices = sbnet_cupy.block_indices(mask, params, capacity=capacity)
+        for weights in chain:
+            sbnet_cupy.sparse_res_block_bottleneck(image, weights, indices, params, out=image)
+        return indices
+
+    def step() -> BlockIndices:
+        y[...] = original
+        return run(y)
+
+    captured = capture(step)
+    for seed, count in enumerate((3, 0, capacity, 15, 20, 1)):
+        mask.set(mask_of(count, shape[:3], seed))
+        captured.replay()
+        assert int(captured.result.bin_counts[0]) == count
+        eager = cupy.asarray(x)
+        indices = run(eager)
+        assert identical(y, eager.get())
+        covered = networks.tiles(indices, params, shape)
+        assert np.array_equal(y.get()[~covered], x[~covered])
+        assert (y.get()[covered] != x[covered]).any() == (count > 0)
 
 
 def median_us(run: Callable[[], Any]) -> float:

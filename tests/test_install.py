@@ -22,10 +22,10 @@ import pytest
 from sbnet_cupy._sources import kernel_folder, sources_digest
 
 ROOT = Path(__file__).parents[1]
-CHECKOUT = "pyproject.toml MANIFEST.in LICENSE README.md .ci bench kernels sbnet_cupy tests".split()
+CHECKOUT = "pyproject.toml MANIFEST.in LICENSE README.md .ci bench docs examples kernels sbnet_cupy tests".split()
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
 KERNELS = {path.name for pattern in ("*.cu", "*.cuh") for path in (ROOT / "kernels").glob(pattern)}
-MODULES = {path.name for path in (ROOT / "sbnet_cupy").glob("*.py")}
+MODULES = {path.relative_to(ROOT / "sbnet_cupy").as_posix() for path in (ROOT / "sbnet_cupy").rglob("*.py")}
 
 # Imports the package, runs two ops, and prints what it saw.
 PROBE = """
@@ -149,8 +149,9 @@ def test_sdist_holds_the_whole_checkout(distributions: tuple[Path, Path]) -> Non
     assert {"pyproject.toml", "README.md", "LICENSE", ".ci/run", "sbnet_cupy/py.typed"} <= names
     assert {f"kernels/{name}" for name in KERNELS} <= names
     assert {f"sbnet_cupy/{name}" for name in MODULES} <= names
-    for folder in ("tests", "bench"):
+    for folder in ("tests", "bench", "examples"):
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")} <= names
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= names
     assert not [name for name in names if name.endswith(".pyc")]
 
 
@@ -206,7 +207,8 @@ def test_works_with_a_cupy_that_cannot_be_imported(python_without_cupy: Path, tm
 
 
 def test_import_is_quick_without_cupy(python_without_cupy: Path, tmp_path: Path) -> None:
-    code = "import time, numpy\nstart = time.perf_counter()\nimport sbnet_cupy\nprint(time.perf_counter() - start)"
+    clock = "time.process_time()"  # which other programs do not lengthen
+    code = f"import time, numpy\nstart = {clock}\nimport sbnet_cupy\nprint({clock} - start)"
     seconds = [float(from_checkout(python_without_cupy, "-c", code, cwd=tmp_path)) for _ in range(5)]
     assert statistics.median(seconds) <= 0.15
 
@@ -218,7 +220,7 @@ def test_import_leaves_optional_packages_alone_without_a_device(
     code = "import sys, sbnet_cupy; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = from_checkout(sys.executable, "-c", code, cwd=tmp_path).split()
     assert "sbnet_cupy" in loaded
-    assert not {"cupy", "matplotlib", "skimage", "tqdm"} & set(loaded)
+    assert not {"cupy", "matplotlib", "skimage", "torch", "tqdm"} & set(loaded)
 
 
 def copied_sources(folder: Path) -> dict[str, Any]:

@@ -1437,7 +1437,7 @@ def test_calls_of_a_family_pass_without_a_mistake(name: str) -> None:
 
 
 #: Each mutant is compiled anew, which takes about a second: by default every fifth one is, a sample of every file.
-SAMPLE = 1 if os.environ.get("SBNET_CUPY_ALL_MUTANTS") else 5
+SAMPLE = 1 if os.environ.get("SBNET_CUPY_TEST_ALL") else 5
 
 
 @pytest.mark.parametrize("mutant", parse(MUTANTS)[::SAMPLE], ids=lambda mutant: mutant.name)

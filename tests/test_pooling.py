@@ -60,6 +60,8 @@ def test_memory_is_laid_out_without_overlaps(words: int, rows: int) -> None:
     assert layout["indices_offset"] >= layout["count_offset"] + 4
     assert layout["indices_offset"] % 16 == 0
     assert layout["result_bytes"] == layout["indices_offset"] + 12 * rows
+    # With memory for the result, all of scratch lies apart.
+    assert _pooling._memory(words, tiles, rows, given=True)["scratch_bytes"] == scratch
     # The work of CTAs that count for themselves stays small.
     assert tiles <= _pooling._MOST_TILES
     assert counted or words <= 16384

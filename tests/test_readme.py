@@ -1,8 +1,9 @@
-"""What README.md shows is run as it stands."""
+"""What README.md and docs/ show is run as it stands."""
 
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import io
 import json
 import re
@@ -16,40 +17,65 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
-FENCE = re.compile(r"^(?P<gpu><!-- needs: gpu -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^<!-- command: (\w+) -->\n```\w*\n(.*)\n```$", re.MULTILINE)
 
 
+#: What the blocks of each page need.
+PAGES = {
+    "README.md": {"", "gpu", "torch", "jax", "gpu, numba"},
+    "docs/cuda-graphs.md": {"", "gpu", "gpu, torch"},
+    "docs/pytorch.md": {"torch"},
+}
+
+
 @pytest.mark.parametrize("device", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
-def test_python_blocks_run(device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page: str, device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace.
 
-    Without a device, `import cupy as cp` means NumPy, and blocks directly after a line
-    ``<!-- needs: gpu -->`` are left out.
+    Blocks directly after a line such as ``<!-- needs: gpu -->`` are left out where there is none. Without a device,
+    `import cupy as cp` means NumPy.
     """
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = list(FENCE.finditer(text))
-    assert blocks
     assert len(blocks) == text.count("```python")
+    assert {block["needs"] or "" for block in blocks} == PAGES[page]
+    missing = {name for needs in PAGES[page] for name in re.findall(r"\w+", needs) if not is_here(name, device)}
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": "page"}
+    ran = 0
     for block in blocks:
         code = block["code"]
+        if missing & set(re.findall(r"\w+", block["needs"] or "")):
+            continue
         if not device:
-            if block["gpu"]:
-                continue
             code = re.sub(r"\bimport cupy\b(?! as)", "import numpy as cupy", code)
             code = code.replace("import cupy as", "import numpy as")
-        run_block(code, text.count("\n", 0, block.start("code")), namespace)
+        run_block(code, page, text.count("\n", 0, block.start("code")), namespace)
+        ran += 1
+    if not ran or (device and "torch" in missing):
+        pytest.skip(f"{ran} of {len(blocks)} blocks were run: there is no {', '.join(sorted(missing))}")
 
 
-def run_block(code: str, line: int, namespace: dict[str, Any]) -> None:
-    """Run `code`, which begins after `line` lines of the README: as a doctest where it has prompts."""
+def is_here(name: str, device: bool) -> bool:
+    """Whether there is what a block needs: with a device, a library that works there."""
+    if name == "gpu" or importlib.util.find_spec(name) is None:
+        return name == "gpu" and device
+    module = importlib.import_module(name)
+    if name == "torch" and device:
+        return bool(module.cuda.is_available())
+    return name != "jax" or module.default_backend() == ("gpu" if device else "cpu")
+
+
+def run_block(code: str, page: str, line: int, namespace: dict[str, Any]) -> None:
+    """Run `code`, which begins after `line` lines of the page: as a doctest where it has prompts."""
+    path = str(ROOT / page)
     if ">>> " not in code:
-        # Empty lines in front, so that a traceback names the README's line.
-        exec(compile("\n" * line + code, str(README), "exec"), namespace)
+        # Empty lines in front, so that a traceback names the page's line.
+        exec(compile("\n" * line + code, path, "exec"), namespace)
         return
-    example = doctest.DocTestParser().get_doctest(code, namespace, "README.md", str(README), line)
+    example = doctest.DocTestParser().get_doctest(code, namespace, page, path, line)
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     failed, _ = runner.run(example, out=report.write, clear_globs=False)

@@ -173,6 +173,19 @@ def mask_call(case: MaskCase, name: str, patches: Patches = ()) -> Call:
     return Call(f"mask-{name}", run, patches=patches)
 
 
+def mask_call_into(case: MaskCase, name: str) -> Call:
+    """Into memory that is given."""
+
+    def run(xp: Any) -> list[Any]:
+        mask = case.array(_close(xp))
+        rows = case.mask.shape[0] * case.bcount[0] * case.bcount[1] if case.capacity is None else case.capacity
+        out = sbnet_cupy.BlockIndices(xp.full((rows, 3), 7, np.int32), xp.full(1, 7, np.int32))
+        with guarded(xp, (mask,)):
+            return list(sbnet_cupy.reduce_mask(mask, case.bcount, **case.arguments, out=out))
+
+    return Call(f"mask-into-{name}", run)
+
+
 def mask_calls_in_turn(cases: list[MaskCase], name: str) -> Call:
     """Calls of which the later find what the earlier leave behind."""
     single = [mask_call(case, name) for case in cases]
@@ -569,6 +582,10 @@ def mask_calls() -> list[Call]:
         for capacity in (None, 0, 100, 12000):
             case = random_mask(3, uint8, False, **pixels, bcount=(50, 83), capacity=capacity)
             calls.append(mask_call(case, f"compact-{name}-capacity-{capacity}", patches))
+    for capacity in (None, 0, 100, 12000):
+        case = random_mask(3, uint8, False, **pixels, bcount=(50, 83), capacity=capacity)
+        calls.append(mask_call_into(case, f"capacity-{capacity}"))
+    calls.append(mask_call_into(random_mask(3, uint8, False, bcount=(0, 3)), "no-blocks"))
     for avgpool in (False, True):  # blocks without a pixel are active
         case = replace(
             random_mask(4, uint8, avgpool, bcount=(3, 71), bstride=(3, 2), size=(9, 104)), tol=-1.0, capacity=500

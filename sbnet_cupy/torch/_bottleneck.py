@@ -1,0 +1,199 @@
+"""``SparseBottleneck``: a residual bottleneck of the active tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import sbnet_cupy
+
+from ._arrays import as_array, as_image, at, channels_last
+from ._check import check_image, check_rows
+from ._common import ROWS_SCHEMA, autocast, autocast_dtype, new_images
+from ._conv import same_margin, tile_params
+from ._folding import FoldsInEval, allow_tf32, fold_norm, pack_weight, takes_gradients
+from ._grid import NO_MARGIN, Margin, SparseBlockGrid, crop
+
+
+class SparseBottleneck(FoldsInEval):
+    """A residual bottleneck with pre-activation, of the active tiles of images.
+
+    ``y = shortcut(x) + conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x)))))))))`` in active tiles, borders of the image
+    included, and ``shortcut(x)`` elsewhere (K. He et al., Identity Mappings in Deep Residual Networks, 2016).
+
+    Its state dict is that of a dense bottleneck whose layers are called ``bn1``, ``conv1``, ``bn2``, ``conv2``,
+    ``bn3``, ``conv3`` and, where the number of channels changes, ``shortcut``: it loads the weights of one.
+
+    Parameters
+    ----------
+    in_channels, bottleneck : int
+        Channels of the images, and of the second convolution.
+    out_channels : int, optional
+        Channels of the result, `in_channels` where it is None. Where they differ the shortcut is a 1x1 convolution.
+    kernel_size : int
+        Of the second convolution: odd. The others are 1x1.
+    eps, momentum : float
+        Of the batch norms.
+    device, dtype
+        Of the parameters.
+
+    Notes
+    -----
+    **In eval mode** batch norm uses its running statistics, which are folded into a factor and a summand for each
+    channel. Without gradients, all of it goes to :func:`sbnet_cupy.sparse_res_block_bottleneck`, which picks the
+    engine; TF32 is allowed where PyTorch allows it for convolutions. Active tiles then equal those of the dense
+    bottleneck up to rounding. Where autocast would convert the images, and where there are gradients, it is made of
+    gather, PyTorch's own ops and scatter instead; as in a dense network, autocast leaves the dtype of the sum alone.
+
+    **In training mode** batch norm normalises over the pixels of active tiles only: each counts once, the margin that
+    neighbouring tiles share does not count, and neither do pixels outside of the image. A dense bottleneck
+    normalises over all pixels, so in training mode the two differ wherever some tile is not active; the running
+    statistics become those of active pixels.
+
+    Nothing waits for the device. Under ``DistributedDataParallel`` each process normalises over its own active pixels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        bottleneck: int,
+        out_channels: int | None = None,
+        *,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        conv: dict[str, Any] = {"bias": False, **place}
+        norm: dict[str, Any] = {"eps": eps, "momentum": momentum, **place}
+        self.bn1 = torch.nn.BatchNorm2d(in_channels, **norm)
+        self.conv1 = torch.nn.Conv2d(in_channels, bottleneck, 1, **conv)
+        self.bn2 = torch.nn.BatchNorm2d(bottleneck, **norm)
+        self.conv2 = torch.nn.Conv2d(bottleneck, bottleneck, kernel_size, padding=kernel_size // 2, **conv)
+        self.bn3 = torch.nn.BatchNorm2d(bottleneck, **norm)
+        self.conv3 = torch.nn.Conv2d(bottleneck, out_channels, 1, **conv)
+        self.shortcut = torch.nn.Conv2d(in_channels, out_channels, 1, **conv) if in_channels != out_channels else None
+
+    def fold(self) -> list[Tensor]:
+        """Weights of the convolutions, then factors and summands, then the shortcut if there is one."""
+        found = [pack_weight(conv.weight) for conv in (self.conv1, self.conv2, self.conv3)]
+        for norm in (self.bn1, self.bn2, self.bn3):
+            found += fold_norm(norm)
+        return found if self.shortcut is None else [*found, pack_weight(self.shortcut.weight)]
+
+    def forward(self, x: Tensor, grid: SparseBlockGrid | None = None) -> Tensor:
+        """Run the bottleneck on the active tiles.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, C, H, W)
+            Images, in any memory format.
+        grid : SparseBlockGrid, optional
+            The active tiles. None: whole images, as a dense bottleneck.
+
+        Returns
+        -------
+        Tensor, shape (N, K, H, W)
+            A new tensor.
+        """
+        if grid is None:
+            return self._dense(x)
+        grid.check("x", x)
+        if self.training or autocast_dtype(x) != x.dtype or takes_gradients(x, *self.parameters()):
+            return self._composed(x, grid)
+        # Factors and summands stay as they are.
+        weights = [w if 3 <= k < 9 else autocast(w)[0] for k, w in enumerate(self.folded())]
+        return bottleneck_op(x, weights, *grid.rows[::-1], list(grid.tile))
+
+    def _dense(self, x: Tensor) -> Tensor:
+        y = self.conv1(functional.relu(self.bn1(x)))
+        y = self.conv2(functional.relu(self.bn2(y)))
+        return self._skip(x) + self.conv3(functional.relu(self.bn3(y)))
+
+    def _skip(self, x: Tensor) -> Tensor:
+        return x if self.shortcut is None else self.shortcut(x)
+
+    def _composed(self, x: Tensor, grid: SparseBlockGrid) -> Tensor:
+        """Of PyTorch's own ops, through which gradients flow."""
+        margin = same_margin(self.conv2, "conv2")
+        own = grid.inside()
+
+        def activate(stack: Tensor, norm: torch.nn.BatchNorm2d, around: Margin) -> Tensor:
+            return functional.relu(self._normalise(stack, norm, crop(stack, around, NO_MARGIN), own))
+
+        y = self.conv1(activate(grid.gather(x, margin), self.bn1, margin))
+        # The dense network pads here: with zeros, behind batch norm and ReLU.
+        y = activate(y, self.bn2, margin).masked_fill(~grid.inside(margin), 0)
+        y = functional.conv2d(y, self.conv2.weight)
+        y = self.conv3(activate(y, self.bn3, NO_MARGIN))
+        base = self._skip(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return grid.scatter(y.to(base.dtype), base, add=True)
+
+    def _normalise(self, stack: Tensor, norm: torch.nn.BatchNorm2d, tiles: Tensor, own: Tensor) -> Tensor:
+        """Batch norm of `stack`; in training with the statistics of `tiles`, of which the pixels `own` count."""
+        wide = stack.to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
+        if self.training:
+            mean, var = _statistics(tiles.to(wide.dtype), own, norm)
+        else:
+            mean, var = norm.running_mean.to(wide.dtype), norm.running_var.to(wide.dtype)
+        scale = norm.weight / torch.sqrt(var + norm.eps)
+        shift = norm.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(stack.dtype)
+
+
+def _statistics(tiles: Tensor, own: Tensor, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over the pixels `own`; moves the running ones towards them."""
+    axes = (0, 2, 3)
+    count = own.sum(dtype=tiles.dtype)
+    some = count.clamp(min=1)
+    mean = tiles.masked_fill(~own, 0).sum(axes) / some
+    var = (tiles - mean[:, None, None]).masked_fill(~own, 0).square().sum(axes) / some
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        part = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        part = part * (count > 0)  # no active pixel, no change
+        unbiased = var * count / (count - 1).clamp(min=1)
+        norm.running_mean.add_(part * (mean - norm.running_mean))
+        norm.running_var.add_(part * (unbiased - norm.running_var))
+    return mean, var
+
+
+@torch.library.custom_op(
+    "sbnet_cupy::bottleneck",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor[] weights, {ROWS_SCHEMA}, int[] tile) -> Tensor",
+)
+def bottleneck_op(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
+    check_image("x", x)
+    check_rows(x, bin_counts, active_block_indices)
+    # With an identity for a shortcut, the library works in place.
+    in_place = len(weights) == 9
+    y = x.detach().clone() if in_place else _new_result(x, weights)
+    arrays = [as_array(weight) for weight in weights]
+    folded = sbnet_cupy.BottleneckWeights(*arrays[:3], *arrays[3:9], *arrays[9:])
+    image, out = as_image(x), as_image(y)
+    params = tile_params(image.shape, tuple(tile), folded.ksizes, ("SAME",) * 3)
+    with at(x.device):
+        indices = sbnet_cupy.BlockIndices(as_array(active_block_indices), as_array(bin_counts))
+        source = out if in_place else image
+        sbnet_cupy.sparse_res_block_bottleneck(source, folded, indices, params, out=out, allow_tf32=allow_tf32())
+    return y
+
+
+@bottleneck_op.register_fake
+def _(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
+    return torch.empty_like(x) if len(weights) == 9 else _new_result(x, weights)
+
+
+def _new_result(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return new_images(x, (x.shape[0], weights[2].shape[3], *x.shape[2:]), channels_last(x))
