@@ -235,9 +235,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         const bool is_first = number == blockIdx.x;
         if (!is_first) tile = BottleneckTile(b, static_cast<unsigned int>(number));
-        const BottleneckSpan y(b.height, tile.block_h, tile.down, kTileH);
-        const BottleneckSpan x(b.width, tile.block_w, tile.right, kTileW);
-        if (!tile.exists(b) || y.size <= 0 || x.size <= 0) {
+        const bool exists = tile.exists(b);  // else there are no coordinates, which might leave 32 bits
+        const BottleneckSpan y(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
+        const BottleneckSpan x(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
+        if (!exists || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);
                 leave(b, tiles);

@@ -99,8 +99,8 @@ struct ConvTile {
         : exists(at.image < c.batch && at.block_h < c.height.count && at.block_w < c.width.count),
           image(at.image),
           row(at.row),
-          y(c.height, at.block_h, at.down, Shape::kTileH),
-          x(c.width, at.block_w, at.right, Shape::kTileW) {}
+          y(c.height, exists ? at.block_h : 0, at.down, Shape::kTileH),  // no coordinates that leave 32 bits
+          x(c.width, exists ? at.block_w : 0, at.right, Shape::kTileW) {}
 
     template <typename Shape>
     __device__ Window source(const Conv& c, Shape) const {

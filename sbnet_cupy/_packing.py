@@ -90,6 +90,12 @@ class PackedWeights:
     packing: Packing
     tf32: bool
 
+    def __post_init__(self) -> None:
+        packing = packing_of(self.shape, _packed_itemsize(self.dtype))
+        wanted = packing.shape if _has_words(self.source) else (0,)
+        if (self.packing, tuple(self.words.shape), self.words.dtype) != (packing, wanted, np.uint32):
+            raise ValueError("PackedWeights: expected what pack_weights makes of an array, got something else")
+
     @property
     def shape(self) -> tuple[int, ...]:
         """``(kh, kw, C, K)``."""
@@ -118,12 +124,13 @@ def pack(w: np.ndarray[Any, Any], packing: Packing, tf32: bool = False) -> np.nd
         w = round_tf32(w)
     pieces = packing.chunks * packing.chunk
     room = np.zeros((packing.positions, pieces * packing.lanes, packing.columns * COLUMNS), w.dtype)
-    room[:, : packing.channels, : packing.features] = w.reshape(-1, packing.channels, packing.features)
+    room[:, : packing.channels, : packing.features] = w.reshape(packing.positions, *w.shape[2:])
     cut = room.reshape(packing.positions, packing.chunks, packing.chunk, packing.lanes, packing.columns * COLUMNS)
     # -> [features, chunks, positions, pieces of the chunk, lanes]
-    rows = cut.transpose(4, 1, 0, 2, 3).reshape(packing.columns * COLUMNS, packing.chunks, -1, packing.lanes)
+    pieces = packing.positions * packing.chunk
+    rows = cut.transpose(4, 1, 0, 2, 3).reshape(packing.columns * COLUMNS, packing.chunks, pieces, packing.lanes)
     steps = np.zeros((*rows.shape[:2], packing.steps * STEP_PIECES, packing.lanes), w.dtype)
-    steps[:, :, : rows.shape[2]] = rows
+    steps[:, :, :pieces] = rows
     words = steps.view(np.uint32).reshape(
         packing.columns, COLUMNS, packing.chunks, packing.steps, STEP_PIECES, PIECE_WORDS
     )
@@ -140,7 +147,15 @@ def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def pack_array(w: Any, tf32: bool) -> PackedWeights:
     """:class:`PackedWeights` of one convolution."""
     tf32 = tf32 and w.dtype == np.float32
-    packing = packing_of(tuple(w.shape), w.dtype.itemsize if w.dtype.itemsize <= 4 else 4)
-    if isinstance(w, np.ndarray) or w.dtype.itemsize > 4:
-        return PackedWeights(w, np.empty(0, np.uint32), packing, tf32)
-    return PackedWeights(w, _device.fused().pack(w, packing, tf32), packing, tf32)
+    packing = packing_of(tuple(w.shape), _packed_itemsize(w.dtype))
+    words = _device.fused().pack(w, packing, tf32) if _has_words(w) else np.empty(0, np.uint32)
+    return PackedWeights(w, words, packing, tf32)
+
+
+def _has_words(w: Any) -> bool:
+    """Whether there is anything to pack: the fused kernels take arrays of a device, and no float64."""
+    return not isinstance(w, np.ndarray) and w.dtype.itemsize <= 4
+
+
+def _packed_itemsize(dtype: np.dtype[Any]) -> int:
+    return min(dtype.itemsize, 4)

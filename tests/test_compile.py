@@ -15,9 +15,14 @@ import pytest
 
 pytest.importorskip("cupy")
 
+import cpu_cuda
+from cpu_cuda import standin
+from fused_cases import host_products
 from nvrtc import ARCHITECTURES, CompileException, Resources, compile_for
 
-from sbnet_cupy import _instances
+import sbnet_cupy
+from sbnet_cupy import BlockIndices, BottleneckWeights, _instances
+from sbnet_cupy._fused_plan import DeviceLimits
 from sbnet_cupy._instances import Instance, Walk
 from sbnet_cupy._sources import kernel_folder
 
@@ -47,7 +52,7 @@ def all_instances(architecture: str) -> list[Instance]:
         found += tile_instances(np.dtype(f"V{itemsize}"))
     for itemsize in (1, 2, 4):
         found += crowded_tile_instances(np.dtype(f"V{itemsize}"))
-    return list(dict.fromkeys([*found, *wide_instances()]))
+    return list(dict.fromkeys([*found, *wide_instances(), *fused_instances(architecture)]))
 
 
 def widest_tiles(dtype: np.dtype[Any]) -> tuple[Walk, Walk]:
@@ -101,6 +106,74 @@ def wide_instances() -> Iterator[Instance]:
         for overlaps in (False, True):
             for add in (False, True):
                 yield _instances.scatter_instance(walk, bsize, single, add, overlaps)
+
+
+#: What the fused kernels have to know of a device of each generation: an H200, an A100, an RTX 5090, a T4.
+_LIMITS = {
+    "sm_75": DeviceLimits(40, 64 << 10, 64 << 10, 75),
+    "sm_80": DeviceLimits(108, 163 << 10, 164 << 10, 80),
+    "sm_90": DeviceLimits(132, 227 << 10, 228 << 10, 90),
+    "sm_100": DeviceLimits(148, 227 << 10, 228 << 10, 100),
+    "sm_120": DeviceLimits(170, 99 << 10, 100 << 10, 120),
+}
+
+#: Blocks of the benchmark's stages: channels, inner channels, and the tiles that were fastest.
+_STAGES = ((96, 24, (16, 16)), (192, 48, (8, 8)), (256, 64, (8, 8)), (384, 96, (6, 8)), (1024, 256, (8, 8)))
+
+_ARITHMETICS = (("float16", False), ("bfloat16", False), ("float32", True), ("float32", False))
+
+
+def fused_instances(architecture: str) -> list[Instance]:
+    """What the benchmark's convolutions and bottlenecks launch on a device of the generation, and every other form."""
+    stages = _STAGES if architecture == "sm_90" else _STAGES[::2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpu_cuda.LIMITS", _LIMITS[architecture])
+        with cpu_cuda.recording() as found:
+            for name, tf32 in _ARITHMETICS:
+                dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+                for channels, inner, tile in stages:
+                    _fused_stage(channels, inner, tile, dtype, tf32)
+                _fused_forms(dtype, tf32)
+    return list(found)
+
+
+def _fused_stage(channels: int, inner: int, tile: tuple[int, int], dtype: np.dtype[Any], tf32: bool) -> None:
+    """A convolution and a bottleneck, out of place and in place."""
+    how: dict[str, Any] = {"allow_tf32": tf32, "engine": "fused"}
+    x = standin.empty((1, *tile, channels), dtype)
+    _fused_conv(x[..., :inner].copy(), (3, 3), inner, tile, **how)
+    plain = BottleneckWeights.random(channels, inner, dtype=dtype)
+    weights = BottleneckWeights(**{k: a if a is None else standin.asarray(a) for k, a in vars(plain).items()})
+    params = sbnet_cupy.calc_block_params_res_block(x.shape, (tile[0] + 2, tile[1] + 2), plain.ksizes, 1, "SAME")
+    for rows in (110, 4000):  # the listed blocks of a sparse mask, and more than fit at one time
+        sbnet_cupy.sparse_res_block_bottleneck(x, weights, _blocks(rows), params, out=x, **how)
+
+
+def _fused_forms(dtype: np.dtype[Any], tf32: bool) -> None:
+    """Kernels and strides of other sizes; channels that fill no pieces; a bottleneck in three launches."""
+    how: dict[str, Any] = {"allow_tf32": tf32, "engine": "fused"}
+    _fused_conv(standin.empty((1, 32, 32, 3), dtype), (7, 7), 64, (8, 8), strides=2, **how)
+    _fused_conv(standin.empty((1, 16, 16, 200), dtype), (1, 1), 40, (8, 8), strides=2, **how)
+    _fused_conv(standin.empty((1, 16, 16, 30), dtype), (5, 5), 29, (8, 8), **how)
+    plain = BottleneckWeights.random(64, 24, out_channels=96, dtype=dtype)
+    weights = BottleneckWeights(**{k: a if a is None else standin.asarray(a) for k, a in vars(plain).items()})
+    x = standin.empty((1, 16, 16, 64), dtype)
+    params = sbnet_cupy.calc_block_params_res_block(x.shape, (17, 17), plain.ksizes, 2, "SAME")
+    with host_products():
+        sbnet_cupy.sparse_res_block_bottleneck(x, weights, _blocks(110), params, strides=2, **how)
+
+
+def _fused_conv(x: Any, ksize: tuple[int, int], features: int, tile: tuple[int, int], **how: Any) -> None:
+    strides = how.get("strides", 1)
+    w = standin.empty((*ksize, x.shape[3], features), x.dtype)
+    height, width = (k + (t - 1) * strides for k, t in zip(ksize, tile))
+    params = sbnet_cupy.calc_block_params(x.shape, (height, width), ksize, strides, "SAME")
+    sbnet_cupy.sparse_conv2d(x, w, _blocks(110), params, **how)
+
+
+def _blocks(rows: int) -> BlockIndices:
+    """Room for so many."""
+    return BlockIndices(standin.asarray(np.full((rows, 3), -1, np.int32)), standin.asarray(np.zeros(1, np.int32)))
 
 
 def register_bounds() -> dict[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from cpu_cuda import calls
 from cpu_cuda.calls import Call, Difference
+from fused_cases import BOTTLENECKS, CONVS, PACKINGS, FusedCase
 
 from sbnet_cupy._sources import kernel_folder
 
@@ -81,8 +82,25 @@ def scatter_families(add: bool) -> dict[str, list[Call]]:
     }
 
 
+def fused_families() -> dict[str, list[FusedCase]]:
+    """Convolutions and bottlenecks: few of them, those that run fast."""
+    convs, bottlenecks = ({case.name: case for case in cases} for cases in (CONVS, BOTTLENECKS))
+
+    def some(found: dict[str, FusedCase], names: str) -> list[FusedCase]:
+        return [found[name] for name in names.split()]
+
+    return {
+        "pack": list(PACKINGS),
+        "conv_plain": some(convs, "pads 2x5"),
+        "conv": some(convs, "nchw-stride misaligned 1x1-stride hostile counted"),
+        "conv_chunks": some(convs, "chunks-5x5 chunks"),
+        "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 hostile counted-in-place"),
+        "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw"),
+    }
+
+
 @functools.cache
-def families() -> dict[str, list[Call]]:
+def families() -> dict[str, list[Any]]:
     """Calls of one op each, which need few instantiations: every mutant compiles them anew."""
 
     def halves(dtype: Any) -> list[Call]:
@@ -117,6 +135,7 @@ def families() -> dict[str, list[Call]]:
         "negative-avg",
     )
     return {
+        **fused_families(),
         **gather_families(),
         **scatter_families(False),
         **scatter_families(True),
@@ -1300,6 +1319,182 @@ fused-once-only: reduce_mask.cu, compact
 fused-count: reduce_mask.cu, compact
 - tell_count(r, count); *r
 + *r
+
+pack-column: pack.cu, pack
+- rest / p.chunks * kColumns + column
++ rest / p.chunks * kColumns + (column ^ 1)
+
+pack-part: pack.cu, pack
+- part * kNumbers
++ part
+
+pack-positions: pack.cu, pack
+- position >= p.positions || feature
++ feature
+
+pack-rounding: pack.cu, pack
+- numbers.lane[i] = round_tf32(numbers.lane[i]);
++ (void)numbers;
+
+pack-chunk: pack.cu, pack
+- (chunk * p.chunk + piece % p.chunk)
++ (chunk + piece % p.chunk)
+
+window-begin: window.cuh, conv_plain
+- begin = first < 0 ? -first : 0;
++ begin = 0;
+
+window-end: window.cuh, conv_plain
+- end = extent - first < size ? extent - first : size;
++ end = size;
+
+channels-beyond: window.cuh, conv_plain
+- const bool exists = first + k < channels;
++ const bool exists = true;
+
+affine-without-relu: window.cuh, layers
+- return has_relu ? relu_exact(y) : y;
++ return y;
+
+zeros-activated: window.cuh, layers
+- if (at >= kPixels || !window.contains(at / kWidth, at % kWidth)) continue;
++ if (at >= kPixels) continue;
+
+piece-of-the-window: window.cuh, conv
+- of_pixel * kPitch + piece() * kPieceBytes
++ of_pixel * kPitch
+
+depth-left-out: window.cuh, conv_chunks
+- for (int d = 0; d < kDepth; ++d) { #pragma unroll for
++ for (int d = 1; d < kDepth; ++d) { for
+
+depth-steps: window.cuh, conv_chunks
+- return steps * (depth + 1) / kDepth;
++ return steps * (depth + 1) / (kDepth + 1);
+
+depth-tiles: window.cuh, conv_chunks
+- for (int k = depth; k < kTiles; k += kDepth)
++ for (int k = depth; k < kTiles - 1; k += kDepth)
+
+depth-barrier: window.cuh, conv_chunks
+- sum[2], sum[3]}}; } __syncthreads();
++ sum[2], sum[3]}}; }
+
+sum-rows: window.cuh, conv
+- return row + m * kRows + r * 8 +
++ return row + m * kRows + r * 4 +
+
+rows-pitch: window.cuh, bottleneck
+- r * 8 + lane / 4) * kPitch +
++ r * 8 + lane / 4) * kWidth / 2 +
+
+rows-turns: window.cuh, bottleneck
+- return item(turn) % kPieces * kLanes;
++ return item(turn) % kPieces * kLanes / 2;
+
+rows-of-a-product: products.cuh, conv_plain
+- return lane / 4 + 8 * k;
++ return lane / 4 + 4 * k;
+
+weights-of-a-step: products.cuh, conv
+- b.lane[half], b.lane[half + 1], T{});
++ b.lane[half + 1], b.lane[half], T{});
+
+weights-ahead: products.cuh, conv_chunks
+- if (next < end) load(ahead[slot], next);
++ if (next + 1 < end) load(ahead[slot], next);
+
+columns-of-weights: products.cuh, conv_plain
+- const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
++ const int column = static_cast<int>(threadIdx.x) % 4 + 4 * k;
+
+conv-kernel-rows: conv.cu, conv_plain
+- (dy * Shape::kWindowW + dx) * kPitch
++ (dy * Shape::kTileW + dx) * kPitch
+
+conv-pieces: conv.cu, conv_chunks
+- dx) * kPitch + piece * kPieceBytes : kNoPiece
++ dx) * kPitch : kNoPiece
+
+conv-stride: conv.cu, conv
+- x * Shape::kStrideW) * Staged::kPitch
++ x) * Staged::kPitch
+
+conv-padding: conv.cu, conv_plain
+- x.first) * Shape::kStrideW - (stack ? 0 : static_cast<int>(c.width.pad));
++ x.first) * Shape::kStrideW - (stack ? 0 : static_cast<int>(c.height.pad));
+
+conv-padding-of-a-stack: conv.cu, layers
+- y.first) * Shape::kStrideH - (stack ? 0 : static_cast<int>(c.height.pad));
++ y.first) * Shape::kStrideH - static_cast<int>(c.height.pad);
+
+conv-outside-of-a-stack: conv.cu, layers
+- if (!inside) number[0] = number[1] = 0.0f;
++
+
+conv-last-feature: conv.cu, conv_plain
+- if (has_second) to[to_stride] = result.lane[1];
++ to[to_stride] = result.lane[1];
+
+conv-outside: conv.cu, conv_plain
+- || (!inside && !stack)) continue;
++ ) continue;
+
+conv-residual: conv.cu, layers
+- number[1] += Addition<T>::begin(more.lane[1]);
++
+
+conv-chunk: conv.cu, conv_chunks
+- k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
++ 0, static_cast<int>(c.channels));
+
+conv-weights-of-a-chunk: conv.cu, conv_chunks
+- Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
++ Weights(weights, column_stride, begin, end);
+
+conv-batch: conv.cu, conv
+- exists(at.image < c.batch && at.block_h
++ exists(at.block_h
+
+conv-count: conv.cu, conv
+- (active < c.rows ? active : c.rows) * c.tiles;
++ c.rows * c.tiles;
+
+bottleneck-border: bottleneck.cu, bottleneck
+- inside ? affine(sum[2 * r + i], i) : 0.0f;
++ affine(sum[2 * r + i], i);
+
+bottleneck-halo: bottleneck.cu, bottleneck
+- position / kKernelW * window_width + position % kKernelW
++ position / kKernelW * window_width
+
+bottleneck-edge: bottleneck.cu, bottleneck
+- if (in_image < size) size = in_image;
++
+
+bottleneck-shortcut: bottleneck.cu, bottleneck
+- number[i] += Addition<T>::begin(numbers[turn].lane[i]);
++
+
+bottleneck-norms: bottleneck.cu, bottleneck
+- halo_pixels, layout, m, n, sum, scale2, shift2,
++ halo_pixels, layout, m, n, sum, scale3, shift3,
+
+bottleneck-window: bottleneck.cu, bottleneck
+- left = x.first - static_cast<int>(b.width.pad);
++ left = x.first;
+
+bottleneck-batch: bottleneck.cu, bottleneck
+- return image < b.batch && block_h
++ return block_h
+
+bottleneck-count: bottleneck.cu, bottleneck
+- (active < b.rows ? active : b.rows) * b.tiles;
++ b.rows * b.tiles;
+
+bottleneck-meeting-not-left: bottleneck.cu, bottleneck
+- b.meeting[0] = b.meeting[1] = 0;
++ b.meeting[1] = 0;
 """
 
 #: Changes that no run on a CPU can tell from the original, each with the reason.
@@ -1392,7 +1587,7 @@ def mutate(mutant: Mutant, folder: Path) -> Path:
     return folder
 
 
-def first_sign(family: list[Call], kernels: Path | None) -> str:
+def first_sign(family: list[Any], kernels: Path | None) -> str:
     """How the first call that goes wrong shows it; empty if none does."""
     for order in cpu_cuda.ORDERS:
         for call in family:

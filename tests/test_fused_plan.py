@@ -1,0 +1,213 @@
+"""Plans of the fused kernels: they fit, they cover what they must, and the benchmark's problems have some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.stages import STAGES
+from sbnet_cupy._fused_plan import (
+    MOST_SUMS,
+    ROWS,
+    WARPS,
+    BottleneckPlan,
+    BottleneckProblem,
+    ConvPlan,
+    ConvProblem,
+    DeviceLimits,
+    WarpLayout,
+    bottleneck_plans,
+    bottleneck_steps,
+    conv_plans,
+    halo_pixels,
+    pitch_of,
+    plan_bottleneck,
+    plan_conv,
+    tiles_of,
+)
+from sbnet_cupy._packing import packing_of
+
+#: An H200, an RTX 4090, a T4 and what tests/cpu_cuda stands for.
+LIMITS = (
+    DeviceLimits(132, 227 << 10, 228 << 10, 90),
+    DeviceLimits(128, 99 << 10, 100 << 10, 89),
+    DeviceLimits(40, 64 << 10, 64 << 10, 75),
+    DeviceLimits(4, 99 << 10, 100 << 10, 90),
+)
+
+pairs = st.tuples(st.integers(1, 7), st.integers(1, 7))
+blocks = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@st.composite
+def conv_problems(draw: st.DrawFn) -> ConvProblem:
+    ksize = draw(pairs)
+    shape = (*ksize, draw(st.integers(1, 700)), draw(st.integers(1, 300)))
+    return ConvProblem(
+        packing_of(shape, draw(st.sampled_from([2, 4]))),
+        ksize,
+        draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        draw(blocks),
+        draw(st.integers(1, 5000)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+def check_layout(layout: WarpLayout, rows: int, columns: int) -> None:
+    """All rows and a divisor of the columns, by as many warps as there are, each with the sums that it may keep."""
+    assert layout.rows >= rows > layout.rows - layout.warps_m * ROWS
+    assert columns % layout.columns == 0
+    assert layout.warps_m * layout.warps_n * layout.depth == WARPS
+    assert layout.m * layout.n <= MOST_SUMS
+
+
+def check_tiles(tile: tuple[int, int], tiles: tuple[int, int], block: tuple[int, int]) -> None:
+    """No fewer than cover the block, and none of them outside of it."""
+    for size, count, whole in zip(tile, tiles, block):
+        assert (count - 1) * size < whole <= count * size
+    assert tile[0] * tile[1] <= 256
+
+
+def check_conv(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> None:
+    packing = problem.packing
+    check_tiles(plan.tile, plan.tiles, problem.block)
+    check_layout(plan.layout, plan.tile[0] * plan.tile[1], 8 * packing.columns)
+    for window, tile, kernel, stride in zip(plan.window, plan.tile, problem.ksize, problem.strides):
+        assert window == (tile - 1) * stride + kernel
+    assert plan.pitch >= 16 * packing.chunk
+    assert plan.pitch // 16 % 2 == 1
+    # What kernels/conv.cu lays out, one after another.
+    windows = plan.window[0] * plan.window[1] * plan.pitch * (2 if packing.chunks > 1 else 1)
+    exchanged = WARPS * plan.layout.m * plan.layout.n * 32 * 16 if plan.layout.depth > 1 else 0
+    source = 2 * 4 * packing.chunk * packing.lanes * packing.chunks if problem.activates else 0
+    needed = 16 + 4 * 4 * packing.steps + 2 * 4 * plan.layout.columns + source + max(windows, exchanged)
+    assert needed <= plan.shared <= limits.cta_shared
+    assert plan.grid[0] == problem.rows * plan.tiles[0] * plan.tiles[1]
+    assert plan.grid[1] * plan.layout.columns == 8 * packing.columns
+    assert plan.grid[2] == 1
+
+
+@given(conv_problems(), st.sampled_from(LIMITS))
+def test_plans_of_convolutions(problem: ConvProblem, limits: DeviceLimits) -> None:
+    plans = list(conv_plans(problem, limits))
+    for plan in plans:
+        check_conv(plan, problem, limits)
+    chosen = plan_conv(problem, limits)
+    assert chosen in plans if plans else chosen is None
+
+
+@st.composite
+def bottleneck_problems(draw: st.DrawFn) -> BottleneckProblem:
+    return BottleneckProblem(
+        draw(st.integers(1, 1000)) if draw(st.booleans()) else 8 * draw(st.integers(1, 64)),
+        draw(st.integers(1, 200)) if draw(st.booleans()) else 8 * draw(st.integers(1, 16)),
+        draw(st.sampled_from([2, 4])),
+        draw(pairs | st.just((3, 3))),
+        draw(blocks),
+        draw(st.integers(1, 5000)),
+        draw(st.booleans()),
+    )
+
+
+def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: DeviceLimits) -> None:
+    check_tiles(plan.tile, plan.tiles, problem.block)
+    pixels, halo = plan.tile[0] * plan.tile[1], halo_pixels(plan.tile, problem.ksize)
+    assert halo == (plan.tile[0] + problem.ksize[0] - 1) * (plan.tile[1] + problem.ksize[1] - 1)
+    features = (problem.inner, problem.inner, problem.channels)
+    for layout, rows, columns in zip(plan.layouts, (halo, pixels, pixels), features):
+        check_layout(layout, rows, columns)
+    first, second, third = plan.layouts
+    assert first.columns == second.columns == problem.inner  # whole: the next product reads all of them
+    assert third.depth == 1
+    # What kernels/bottleneck.cu lays out, one after another.
+    steps, lanes = bottleneck_steps(problem), 16 // problem.itemsize
+    near = sum(
+        count // 8 * step * 32 * 16 for k, (count, step) in enumerate(zip(features, steps)) if plan.near >> k & 1
+    )
+    window, middle, tile = (
+        count * pitch_of(channels // lanes)
+        for count, channels in ((halo, problem.channels), (halo, problem.inner), (pixels, problem.inner))
+    )
+    exchanged = [WARPS * layout.m * layout.n * 32 * 16 if layout.depth > 1 else 0 for layout in plan.layouts]
+    width = 8 * third.n
+    results = WARPS * 16 * third.m * (width + (8 if third.n % 2 == 0 else 0)) * 4
+    begin = 16 + 16 * sum(steps) + 8 * problem.channels + 16 * problem.inner + near + middle
+    after_window = max(window, exchanged[0], exchanged[1] + tile + results)
+    assert begin + after_window <= plan.shared <= limits.cta_shared
+    assert plan.ctas == problem.rows * plan.tiles[0] * plan.tiles[1]
+
+
+@given(bottleneck_problems(), st.sampled_from(LIMITS))
+def test_plans_of_bottlenecks(problem: BottleneckProblem, limits: DeviceLimits) -> None:
+    plans = list(bottleneck_plans(problem, limits))
+    for plan in plans:
+        check_bottleneck(plan, problem, limits)
+    chosen = plan_bottleneck(problem, limits)
+    assert chosen in plans if plans else chosen is None
+    if problem.channels % 8 or problem.inner % 8:
+        assert not plans
+
+
+def test_steps_of_a_bottleneck() -> None:
+    half = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), 10, True)
+    # 12 pieces; 3 pieces at 9 positions, 27, in steps of 4; 3 pieces.
+    assert bottleneck_steps(half) == (3, 7, 1)
+    single = BottleneckProblem(96, 24, 4, (3, 3), (8, 8), 10, True)
+    assert bottleneck_steps(single) == (6, 14, 2)
+
+
+@given(blocks)
+def test_tiles_cut_blocks_evenly(block: tuple[int, int]) -> None:
+    tiles = list(tiles_of(block))
+    assert len(tiles) == len(set(tiles))
+    assert block[0] * block[1] > 256 or block in tiles
+    for tile in tiles:
+        check_tiles(tile, (math.ceil(block[0] / tile[0]), math.ceil(block[1] / tile[1])), block)
+        assert tile[0] * tile[1] >= ROWS or tile == block
+
+
+ARITHMETICS = {"float16": (2, True), "tf32": (4, True), "float32": (4, False)}
+
+
+def stage_problems(itemsize: int, tensor: bool) -> Iterator[ConvProblem | BottleneckProblem]:
+    """What the stages of the benchmark ask for: their convolution, and their bottleneck, on every candidate's tiles."""
+    for stage in STAGES:
+        for block in ((8, 8), (16, 16), (5, 8), (12, 11)):
+            packing = packing_of((3, 3, stage.bottleneck, stage.bottleneck), itemsize)
+            yield ConvProblem(packing, (3, 3), (1, 1), block, 200, tensor)
+            yield BottleneckProblem(stage.channels, stage.bottleneck, itemsize, (3, 3), block, 200, tensor)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_the_benchmarks_problems_have_plans(arithmetic: str) -> None:
+    """On an H200, all of them but the widest bottleneck, which takes three launches."""
+    limits, without = LIMITS[0], set()
+    for problem in stage_problems(*ARITHMETICS[arithmetic]):
+        if isinstance(problem, ConvProblem):
+            assert plan_conv(problem, limits) is not None
+        elif plan_bottleneck(problem, limits) is None:
+            without.add((problem.channels, problem.inner))
+    assert without == {(2048, 512)}
+
+
+def test_wide_bottlenecks_have_none() -> None:
+    """Their window does not fit beside the rest; three launches do it."""
+    for limits in LIMITS:
+        wide = BottleneckProblem(4096, 1024, 2, (3, 3), (8, 8), 10, True)
+        assert plan_bottleneck(wide, limits) is None
+    # As wide as a multiprocessor of Hopper allows, but not one of Turing.
+    stage = BottleneckProblem(384, 96, 4, (3, 3), (8, 8), 10, True)
+    assert plan_bottleneck(stage, LIMITS[0]) is not None
+    assert plan_bottleneck(stage, LIMITS[2]) is None
+
+
+def test_no_layout_leaves_columns() -> None:
+    """Packing fills up the groups of 8 features, so that layouts of several columns divide them."""
+    for features in range(1, 400):
+        columns = packing_of((1, 1, 8, features), 2).columns
+        assert columns <= 4 or columns % 3 == 0 or columns % 4 == 0
