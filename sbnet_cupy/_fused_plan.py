@@ -328,7 +328,7 @@ def bottleneck_steps(problem: BottleneckProblem) -> tuple[int, int, int]:
 def _best_layout(
     row_tiles: int, column_tiles: int, steps: int, most: int | None, problem: BottleneckProblem
 ) -> WarpLayout | None:
-    """The layout with the fewest clocks for all columns; all of them at once unless `most` bounds the sums of a pass."""
+    """The layout with the fewest clocks for all columns: all at once, unless `most` bounds the sums of a pass."""
 
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
