@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from sbnet_cupy import (
     BlockIndices,
     BlockParams,
     BottleneckWeights,
+    _fused_network,
+    _fused_plan,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -30,6 +33,7 @@ from sbnet_cupy import (
     sparse_conv2d,
     sparse_res_block_bottleneck,
 )
+from sbnet_cupy._fused_plan import WARPS, WarpLayout
 from sbnet_cupy._instances import Instance
 from sbnet_cupy._packing import pack
 
@@ -40,6 +44,44 @@ DTYPES = {
     "tf32": FLOAT32,
     "float32": FLOAT32,
 }
+
+
+#: Plans that the model would not take for small problems, by name: one of all that fit, or the model's with a change.
+PLANS: dict[str, Callable[[list[Any], Any], Any]] = {
+    "split": lambda plans, chosen: max(plans, key=lambda plan: plan.grid[1]),
+    "tiles": lambda plans, chosen: max(plans, key=lambda plan: (math.prod(plan.tiles) > 1, math.prod(plan.tile) % 2)),
+    "distant": lambda plans, chosen: replace(chosen, near=0, parts=1),
+    "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1),
+    "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2),
+    "passes": lambda plans, chosen: replace(chosen, layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1))),
+}
+
+
+@contextmanager
+def planned(name: str) -> Iterator[None]:
+    """Let the fused kernels have the plan of this name, or with an empty one the model's."""
+    if not name:
+        yield
+        return
+    from sbnet_cupy import _fused
+
+    caches = [f for module in (_fused, _fused_network) for f in vars(module).values() if hasattr(f, "cache_clear")]
+
+    def plan_conv(problem: Any, limits: Any) -> Any:
+        return PLANS[name](list(_fused_plan.conv_plans(problem, limits)), _fused_plan.plan_conv(problem, limits))
+
+    def plan_bottleneck(problem: Any, limits: Any) -> Any:
+        plans = list(_fused_plan.bottleneck_plans(problem, limits))
+        return PLANS[name](plans, _fused_plan.plan_bottleneck(problem, limits))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused, "plan_conv", plan_conv)
+        patch.setattr(_fused, "plan_bottleneck", plan_bottleneck)
+        for cached in caches:
+            cached.cache_clear()
+        yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 @contextmanager
@@ -66,6 +108,8 @@ class FusedCase:
     #: Triples of active blocks, instead of those of the geometry's mask; and the count that goes with them.
     triples: tuple[tuple[int, int, int], ...] | None = None
     count: int | None = None
+    #: One of PLANS; empty: the model's.
+    plan: str = ""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -98,7 +142,7 @@ class FusedCase:
 
     def kernels(self) -> list[Instance]:
         """What it would launch on a CPU."""
-        with recording() as found, host_products():
+        with recording() as found, host_products(), planned(self.plan):
             self.run(standin)
         return list(found)
 
@@ -106,7 +150,7 @@ class FusedCase:
         """Raise `KernelFault` or `Difference` unless it computes what it must, on a CPU."""
         from sbnet_cupy import _fused
 
-        with device(order, kernels) as xp, host_products():
+        with device(order, kernels) as xp, host_products(), planned(self.plan):
             try:
                 found = self.run(xp).get()
                 meetings = [slab.owner.bytes().any() for slab in _fused._slabs]
@@ -317,7 +361,7 @@ CONVS = [
     conv("1x1", "float16", (11, 12), 64, 64, (1, 1), (1, 1), (5, 7), target="place", relu=True),
     conv("stem", "tf32", (18, 21), 3, 64, (7, 7), (2, 2), (4, 4), bias=True, relu=True, packed=False),
     conv("5x5-valid", "float16", (15, 14), 40, 24, (5, 5), (1, 1), (6, 4), "VALID", batch=1),
-    conv("2x5", "float32", (14, 15), 8, 3, (2, 5), (3, 1), (2, 2), EXPLICIT, layout="sliced", target="out"),
+    conv("2x5", "float32", (14, 15), 8, 4, (2, 5), (3, 1), (2, 2), EXPLICIT, layout="sliced", target="out", bias=True),
     conv("1x1-stride", "bfloat16", (14, 15), 8, 64, (1, 1), (2, 2), (2, 3), density=0.1),
     conv("misaligned", "tf32", (9, 12), 40, 8, (3, 3), (1, 1), (4, 5), layout="misaligned", target="place", bias=True),
     conv("reversed", "float16", (9, 12), 3, 3, (3, 3), (1, 1), (4, 5), layout="reversed", target="out", density=1.0),
@@ -327,6 +371,9 @@ CONVS = [
     conv("hostile", "bfloat16", (9, 16), 8, 5, (3, 3), (1, 1), (3, 4), triples=HOSTILE, count=2**31 - 1, target="out"),
     conv("counted", "float16", (9, 16), 16, 8, (3, 3), (1, 1), (3, 4), triples=HOSTILE[::3], count=1, target="out"),
     conv("negative", "float16", (9, 16), 16, 8, (3, 3), (1, 1), (3, 4), triples=HOSTILE[::3], count=-5),
+    conv("split", "float16", (9, 12), 16, 44, (3, 3), (1, 1), (4, 5), bias=True, plan="split"),
+    conv("split-chunks", "tf32", (9, 12), 280, 16, (1, 1), (1, 1), (4, 5), plan="split", target="out"),
+    conv("tiles", "float16", (13, 17), 8, 8, (3, 3), (1, 1), (5, 11), plan="tiles", density=0.01),
     conv("no-channels", "float16", (9, 12), 0, 8, (3, 3), (1, 1), (4, 5), bias=True),
 ]  # fmt: skip
 
@@ -350,9 +397,15 @@ BOTTLENECKS = [
     bottleneck("direct-float32", "float32", (14, 13), 24, 8, (5, 4), activates=False, packed=False, batch=1),
     bottleneck("direct-3x5", "bfloat16", (13, 16), 40, 24, (5, 4), ksize=(3, 5), density=0.05, spare=-2),
     bottleneck("direct-in-place", "float16", (20, 23), 32, 8, (4, 4), target="place", triples=APART),
-    bottleneck("hostile", "float16", (9, 16), 16, 8, (3, 4), triples=HOSTILE, count=2**31 - 1, target="out"),
+    bottleneck("direct-hostile", "float16", (9, 16), 16, 8, (3, 4), triples=HOSTILE, count=2**31 - 1, target="out"),
     bottleneck("counted-in-place", "float16", (9, 16), 16, 8, (3, 4), triples=HOSTILE[:4], count=3, target="place"),
     bottleneck("layers-hostile", "float16", (9, 16), 12, 4, (3, 4), triples=HOSTILE, count=2**31 - 1, target="place"),
+    bottleneck("distant", "float16", (9, 12), 24, 16, (4, 5), plan="distant"),
+    bottleneck("distant-float32", "float32", (9, 12), 16, 8, (4, 5), plan="near-second", density=0.01),
+    bottleneck("parts", "float16", (9, 12), 64, 8, (4, 5), plan="parts"),
+    bottleneck("parts-plain", "tf32", (9, 12), 32, 8, (4, 5), plan="parts", activates=False),
+    bottleneck("passes", "bfloat16", (9, 12), 32, 16, (4, 5), plan="passes"),
+    bottleneck("direct-tiles", "tf32", (9, 12), 24, 8, (5, 11), plan="tiles"),
     bottleneck("stack", "tf32", (20, 23), 16, 8, (8, 8), target="place", density=0.05),
     bottleneck("layers-stride", "float16", (13, 15), 16, 8, (3, 4), strides=(2, 2), projects=24, spare=3),
     bottleneck("layers-kernels", "tf32", (12, 13), 8, 8, (4, 5), outer=((3, 1), (2, 3)), target="place", batch=1),
@@ -364,6 +417,6 @@ BOTTLENECKS = [
 PACKINGS = [
     PackCase("pack-3x2", "float16", Geometry((1, 1, 1, 20), (3, 2), (1, 1), "SAME", (1, 1), 0, None, 1), features=11),
     PackCase(
-        "pack-chunks", "tf32", Geometry((1, 1, 1, 70), (3, 3), (1, 1), "SAME", (1, 1), 0, None, 2), "new", "strided"
+        "pack-chunks", "tf32", Geometry((1, 1, 1, 300), (3, 3), (1, 1), "SAME", (1, 1), 0, None, 2), "new", "strided"
     ),
 ]

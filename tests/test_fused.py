@@ -6,7 +6,7 @@ import os
 
 import cpu_cuda
 import pytest
-from fused_cases import BOTTLENECKS, CONVS, FusedCase
+from fused_cases import BOTTLENECKS, CONVS, FusedCase, planned
 
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
@@ -29,8 +29,18 @@ def test_on_a_cpu(case: FusedCase) -> None:
     case.check(cpu_cuda.ORDERS[0])
 
 
+@pytest.mark.parametrize("order", cpu_cuda.ORDERS[1:], ids=lambda order: order.name)
+@pytest.mark.usefixtures("built")
+def test_orders(order: cpu_cuda.Order) -> None:
+    """Some of them with threads and blocks in other orders: what one thread owes another comes to light."""
+    for case in CASES:
+        if case.name in ("chunks-5x5", "split", "2x5", "layers-odd", "direct-in-place", "distant", "parts", "passes"):
+            case.check(order)
+
+
 @pytest.mark.gpu
 @cases
 def test_on_a_gpu(case: FusedCase) -> None:
     cupy = pytest.importorskip("cupy")
-    case.assert_right(case.run(cupy))
+    with planned(case.plan):
+        case.assert_right(case.run(cupy))

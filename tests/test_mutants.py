@@ -93,8 +93,9 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "pack": list(PACKINGS),
         "conv_plain": some(convs, "pads 2x5"),
         "conv": some(convs, "nchw-stride misaligned 1x1-stride hostile counted"),
-        "conv_chunks": some(convs, "chunks-5x5 chunks"),
-        "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 hostile counted-in-place"),
+        "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
+        "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
+        "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
         "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw"),
     }
 
@@ -1397,12 +1398,12 @@ rows-of-a-product: products.cuh, conv_plain
 + return lane / 4 + 4 * k;
 
 weights-of-a-step: products.cuh, conv
-- b.lane[half], b.lane[half + 1], T{});
-+ b.lane[half + 1], b.lane[half], T{});
+- b.lane[2 * half], b.lane[2 * half + 1], T{});
++ b.lane[2 * half + 1], b.lane[2 * half], T{});
 
 weights-ahead: products.cuh, conv_chunks
-- if (next < end) load(ahead[slot], next);
-+ if (next + 1 < end) load(ahead[slot], next);
+- if (next < end) ahead[slot].load(at(next), column_stride);
++ if (next + 1 < end) ahead[slot].load(at(next), column_stride);
 
 columns-of-weights: products.cuh, conv_plain
 - const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
@@ -1474,7 +1475,7 @@ bottleneck-edge: bottleneck.cu, bottleneck
 
 bottleneck-shortcut: bottleneck.cu, bottleneck
 - number[i] += Addition<T>::begin(numbers[turn].lane[i]);
-+
++ number[i] += 0.0f;
 
 bottleneck-norms: bottleneck.cu, bottleneck
 - halo_pixels, layout, m, n, sum, scale2, shift2,
@@ -1491,6 +1492,34 @@ bottleneck-batch: bottleneck.cu, bottleneck
 bottleneck-count: bottleneck.cu, bottleneck
 - (active < b.rows ? active : b.rows) * b.tiles;
 + b.rows * b.tiles;
+
+bottleneck-part: bottleneck.cu, bottleneck_plans
+- start<true, true>(window, source, part * kC / kParts, kC);
++ start<true, true>(window, source, 0, kC);
+
+bottleneck-steps-of-a-part: bottleneck.cu, bottleneck_plans
+- part * kPartSteps, kPartSteps);
++ 0, kPartSteps);
+
+bottleneck-pass: bottleneck.cu, bottleneck_plans
+- const int following = (pass + Layout3::kAllColumns) % kC
++ const int following = pass % kC
+
+bottleneck-tiles: bottleneck.cu, bottleneck_plans
+- within = tile * tile_size;
++ within = 0;
+
+conv-tiles: conv.cu, conv_chunks
+- within = tile * tile_size;
++ within = 0;
+
+conv-clipped: conv.cu, conv_chunks
+- y >= tile.y.size || x >= tile.x.size ||
++
+
+conv-features: conv.cu, conv_chunks
+- (first_feature + layout.column) / kColumns
++ layout.column / kColumns
 
 bottleneck-meeting-not-left: bottleneck.cu, bottleneck
 - b.meeting[0] = b.meeting[1] = 0;

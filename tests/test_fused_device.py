@@ -1,0 +1,195 @@
+"""The fused kernels where only a GPU shows it: neighbours in place, streams, size, and the same bits in every run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+from cases import identical
+from test_device import random_image, random_mask
+from test_networks_device import on_device
+
+import sbnet_cupy
+from sbnet_cupy import BlockIndices, BlockParams, BottleneckWeights, _fused_network
+from sbnet_cupy._engine import Route
+
+cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.gpu
+
+ARITHMETICS = [("float16", False), ("float32", True), ("float32", False)]
+
+
+class Bottleneck:
+    """A packed bottleneck on an image, all of whose blocks of 8 x 8 are active unless a mask says otherwise."""
+
+    def __init__(
+        self, size: tuple[int, int], channels: int, inner: int, dtype: str, tf32: bool, mask: Any = None
+    ) -> None:
+        self.x = random_image((1, *size, channels), dtype)
+        self.weights = BottleneckWeights.random(channels, inner, dtype=dtype)
+        self.tf32 = tf32
+        self.packed = sbnet_cupy.pack_weights(on_device(self.weights), allow_tf32=tf32)
+        self.params: BlockParams = sbnet_cupy.calc_block_params_res_block(
+            self.x.shape, (10, 10), self.weights.ksizes, 1, "SAME"
+        )
+        mask = np.ones((1, *size), bool) if mask is None else mask
+        self.indices: BlockIndices = sbnet_cupy.block_indices(cupy.asarray(mask), self.params)
+
+    def run(self, x: Any, out: Any = None) -> Any:
+        return sbnet_cupy.sparse_res_block_bottleneck(
+            x, self.packed, self.indices, self.params, out=out, engine="fused", allow_tf32=self.tf32
+        )
+
+    @property
+    def route(self) -> Route:
+        """How it runs in place."""
+        blocks = _fused_network.FusedBlocks.of(
+            cupy,
+            self.indices,
+            1,
+            _layers(self.x.shape),
+            self.params,
+            tuple(conv.shape for conv in self.packed.convs),
+            self.tf32,
+        )
+        spec = sbnet_cupy._validate.spec_of(cupy.asarray(self.x))
+        plan = _fused_network.plan_bottleneck("fused", blocks, spec, spec, True, True, False)
+        assert plan is not None
+        return plan.route
+
+
+def _layers(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    from sbnet_cupy._conv_geometry import make_chain
+
+    ksizes = [(1, 1), (3, 3), (1, 1)]
+    return tuple(make_chain((shape[1], shape[2]), ksizes, [(1, 1)] * 3, ["SAME"] * 3))
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ARITHMETICS)
+@pytest.mark.parametrize(("size", "route"), [((40, 57), Route.DIRECT), ((400, 330), Route.STACK)])
+def test_neighbours_in_place(size: tuple[int, int], route: Route, dtype: str, tf32: bool) -> None:
+    """No tile sees what another has written: in place and out of place give the same bits, time and again."""
+    case = Bottleneck(size, 96, 24, dtype, tf32)
+    assert case.route is route
+    x = cupy.asarray(case.x)
+    apart = case.run(x)
+    if route is Route.DIRECT:
+        expected = networks.bottleneck(case.x, case.weights, (1, 1), tf32, wide_sums=True)
+        expected.assert_near(apart, np.ones((1, *size), bool))
+    assert identical(x, case.x)
+    for _ in range(30):
+        y = x.copy()
+        assert case.run(y, out=y) is y
+        assert bool((y == apart).all())
+
+
+def test_two_streams_at_once() -> None:
+    """Chains in place on one stream each, of CTAs that wait for each other, do not disturb one another."""
+    cases = [Bottleneck((40, 56), 64, 16, "float16", False), Bottleneck((56, 40), 64, 16, "float16", False)]
+    assert [case.route for case in cases] == [Route.DIRECT] * 2
+    expected = []
+    for case in cases:
+        y = cupy.asarray(case.x)
+        for _ in range(40):
+            y = case.run(y)
+            y *= cupy.float16(0.5)
+        expected.append(y)
+    cupy.cuda.Device().synchronize()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
+    found = [cupy.asarray(case.x) for case in cases]
+    cupy.cuda.Device().synchronize()
+    for _ in range(40):
+        for case, y, stream in zip(cases, found, streams):
+            with stream:
+                case.run(y, out=y)
+                cupy.multiply(y, cupy.float16(0.5), out=y)
+    for stream in streams:
+        stream.synchronize()
+    for y, wanted in zip(found, expected):
+        assert bool((y == wanted).all())
+        assert bool(cupy.isfinite(y).all())
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ARITHMETICS)
+@pytest.mark.parametrize("ksize", [(1, 1), (3, 3), (5, 5)])
+def test_two_runs_agree_to_the_bit(ksize: tuple[int, int], dtype: str, tf32: bool) -> None:
+    x, w = random_image((1, 100, 140, 64), dtype), random_image((*ksize, 64, 96), dtype, 1)
+    params = sbnet_cupy.calc_block_params(x.shape, (7 + ksize[0], 7 + ksize[1]), ksize, 1, "SAME")
+    mask = random_mask(x.shape[:3], 0.3)
+    indices = sbnet_cupy.block_indices(cupy.asarray(mask), params)
+    packed = sbnet_cupy.pack_weights(cupy.asarray(w), allow_tf32=tf32)
+    device_x = cupy.asarray(x)
+    runs = [sbnet_cupy.sparse_conv2d(device_x, packed, indices, params, engine="fused") for _ in range(5)]
+    assert all(bool((run == runs[0]).all()) for run in runs)
+    expected = networks.convolved(networks.exactly(x), w, (1, 1), "SAME", np.dtype(np.float32), tf32)
+    networks.rounded(expected, x.dtype).assert_near(runs[0], networks.tiles(indices, params, x.shape))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """Blocks at both ends of 4.5 GB: read and written in place, where 32 bits would lead elsewhere."""
+    shape = (9, 2048, 2048, 64)
+    assert np.prod(shape) > 2**31
+    x = cupy.zeros(shape, np.float16)
+    small = random_image((1, 24, 24, 64), "float16")
+    x[8, -24:, -24:], x[0, :24, :24] = cupy.asarray(small[0]), cupy.asarray(small[0])
+    weights = BottleneckWeights.random(64, 16, dtype="float16")
+    params = sbnet_cupy.calc_block_params_res_block(shape, (10, 10), weights.ksizes, 1, "SAME")
+    rows = [[0, 0, 0], [0, 1, 1], [8, 254, 254], [8, 255, 255]]
+    indices = BlockIndices(cupy.asarray(rows, cupy.int32), cupy.asarray([4], cupy.int32))
+    packed = sbnet_cupy.pack_weights(on_device(weights))
+
+    crop = sbnet_cupy.calc_block_params_res_block(small.shape, (10, 10), weights.ksizes, 1, "SAME")
+    expected = {}
+    for corner, tiles in ((0, [[0, 0, 0], [0, 1, 1]]), (8, [[0, 1, 1], [0, 2, 2]])):
+        of_crop = BlockIndices(cupy.asarray(tiles, cupy.int32), cupy.asarray([2], cupy.int32))
+        image = cupy.asarray(small)
+        expected[corner] = sbnet_cupy.sparse_res_block_bottleneck(image, packed, of_crop, crop, engine="fused")[0]
+    for engine in ("fused", "composed"):
+        y = x if engine == "fused" else x.copy()
+        sbnet_cupy.sparse_res_block_bottleneck(y, packed, indices, params, out=y, engine=engine)
+        if engine == "composed":
+            break
+        assert bool((y[0, :24, :24] == expected[0]).all())
+        assert bool((y[8, -24:, -24:] == expected[8]).all())
+        assert not bool(y[4].any())
+        w = cupy.asarray(random_image((1, 1, 64, 8), "float16"))
+        conv = sbnet_cupy.calc_block_params(shape, (8, 8), w.shape, 1, "SAME")
+        z = sbnet_cupy.sparse_conv2d(y, w, indices, conv, engine="fused")
+        dense = sbnet_cupy.conv2d(y[8:, -16:, -16:], w)
+        assert bool(
+            (cupy.abs(z[8:, -8:, -8:] - dense[:, -8:, -8:]) <= 0.01 * cupy.abs(dense[:, -8:, -8:]) + 0.01).all()
+        )
+        break
+
+
+def test_half_sums_are_not_rounded_on_the_way() -> None:
+    """The first kernel position adds up to 4096, each other one to 1, which would be lost on 4096 in float16."""
+    x = cupy.ones((1, 8, 8, 8), np.float16)
+    w = cupy.full((3, 3, 8, 8), 0.125, np.float16)
+    w[0, 0] = 512
+    params = sbnet_cupy.calc_block_params(x.shape, (8, 8), w.shape, 1, "VALID")
+    indices = sbnet_cupy.block_indices(cupy.ones((1, 8, 8), bool), params)
+    assert bool((sbnet_cupy.sparse_conv2d(x, w, indices, params, padding="VALID", engine="fused") == 4104).all())
+
+
+def test_float32_is_ieee_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUPY_TF32", raising=False)
+    # Sums of few terms: their float32 bound is far below the error of TF32.
+    x, w = random_image((1, 64, 64, 32), "float32"), random_image((1, 1, 32, 64), "float32", 1)
+    everywhere = np.ones((1, 64, 64), bool)
+    exact, coarse = (
+        networks.convolved(networks.exactly(x), w, (1, 1), "SAME", x.dtype, tf32=tf32) for tf32 in (False, True)
+    )
+    params = sbnet_cupy.calc_block_params(x.shape, (16, 16), w.shape, 1, "SAME")
+    indices = sbnet_cupy.block_indices(cupy.asarray(everywhere), params)
+    arguments = cupy.asarray(x), cupy.asarray(w), indices, params
+    exact.assert_near(sbnet_cupy.sparse_conv2d(*arguments, engine="fused"), everywhere)
+    found = sbnet_cupy.sparse_conv2d(*arguments, engine="fused", allow_tf32=True)
+    coarse.assert_near(found, everywhere)
+    if int(cupy.cuda.Device().compute_capability) >= 80:  # the first with TF32
+        with pytest.raises(AssertionError, match="beyond the bound"):
+            exact.assert_near(found, everywhere)
+    monkeypatch.setenv("CUPY_TF32", "1")
+    assert bool((sbnet_cupy.sparse_conv2d(*arguments, engine="fused") == found).all())
