@@ -10,6 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 from cases import LAYOUTS, Case, identical, lay_out, random_bits
+from fused_cases import BOTTLENECKS, CONVS, planned
 
 import sbnet_cupy
 
@@ -81,6 +82,10 @@ def main() -> None:
             if not all(map(identical, found, expected)):
                 raise SystemExit(f"wrong result: reduce_mask of {dtype} with {options}")
             checked += 1
+    for case in (*CONVS, *BOTTLENECKS):  # among them such with hostile indices
+        with planned(case.plan):
+            case.assert_right(case.run(cupy))
+        checked += 1
     print(f"{checked} results are right")
 
 

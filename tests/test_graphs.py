@@ -209,17 +209,22 @@ def test_a_stream_of_pytorch_is_captured() -> None:
 
 @pytest.mark.parametrize("capture", [capture_with_cupy, *TORCH_CAPTURES])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_chain_of_bottlenecks_is_captured_and_follows_its_mask(dtype: str, capture: Callable[..., Captured]) -> None:
+@pytest.mark.parametrize(("engine", "packed"), [("fused", True), ("fused", False), ("composed", False)])
+def test_a_chain_of_bottlenecks_is_captured_and_follows_its_mask(
+    engine: str, packed: bool, dtype: str, capture: Callable[..., Captured]
+) -> None:
     capacity, shape = 9, (1, 60, 76, 16)
     x = random_image(shape, dtype)
-    chain = [on_device(BottleneckWeights.random(16, 8, seed=seed, dtype=dtype)) for seed in range(3)]
+    chain: list[Any] = [on_device(BottleneckWeights.random(16, 8, seed=seed, dtype=dtype)) for seed in range(3)]
     params = sbnet_cupy.calc_block_params_res_block(shape, (18, 18), chain[0].ksizes, 1, "SAME")
+    if packed:
+        chain = [sbnet_cupy.pack_weights(weights) for weights in chain]
     original, y, mask = cupy.asarray(x), cupy.empty(shape, dtype), cupy.zeros(shape[:3], bool)
 
     def run(image: Any) -> BlockIndices:
         indices = sbnet_cupy.block_indices(mask, params, capacity=capacity)
         for weights in chain:
-            sbnet_cupy.sparse_res_block_bottleneck(image, weights, indices, params, out=image)
+            sbnet_cupy.sparse_res_block_bottleneck(image, weights, indices, params, out=image, engine=engine)
         return indices
 
     def step() -> BlockIndices:
@@ -237,6 +242,25 @@ def test_a_chain_of_bottlenecks_is_captured_and_follows_its_mask(dtype: str, cap
         covered = networks.tiles(indices, params, shape)
         assert np.array_equal(y.get()[~covered], x[~covered])
         assert (y.get()[covered] != x[covered]).any() == (count > 0)
+
+
+@pytest.mark.parametrize("capture", [capture_with_cupy, *TORCH_CAPTURES])
+def test_a_fused_convolution_is_captured(capture: Callable[..., Captured]) -> None:
+    capacity, shape = 9, (1, 60, 76, 16)
+    x, mask = cupy.asarray(random_image(shape, "float16")), cupy.zeros(shape[:3], bool)
+    w, bias = cupy.asarray(random_image((3, 3, 16, 24), "float16")), cupy.ones(24, np.float32)
+    params = sbnet_cupy.calc_block_params(shape, (18, 18), w.shape, 1, "SAME")
+
+    def step() -> Any:
+        indices = sbnet_cupy.block_indices(mask, params, capacity=capacity)
+        return sbnet_cupy.sparse_conv2d(x, w, indices, params, bias=bias, activation="relu", engine="fused")
+
+    captured = capture(step)
+    for seed, count in enumerate((3, 0, capacity, 15, 1)):
+        mask.set(mask_of(count, shape[:3], seed))
+        captured.replay()
+        assert identical(captured.result, step().get())
+        assert bool(captured.result.any()) == (count > 0)
 
 
 def median_us(run: Callable[[], Any]) -> float:

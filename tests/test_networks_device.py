@@ -20,9 +20,10 @@ def on_device(weights: BottleneckWeights) -> BottleneckWeights:
     return BottleneckWeights(**{name: a if a is None else cupy.asarray(a) for name, a in vars(weights).items()})
 
 
+@pytest.mark.parametrize("engine", ["fused", "composed"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("size", "channels", "inner"), [((57, 70), 96, 24), ((50, 88), 384, 96), ((41, 33), 30, 13)])
-def test_stages_of_a_resnet(size: tuple[int, int], channels: int, inner: int, dtype: str) -> None:
+def test_stages_of_a_resnet(size: tuple[int, int], channels: int, inner: int, dtype: str, engine: str) -> None:
     x = random_image((1, *size, channels), dtype)
     weights = BottleneckWeights.random(channels, inner, dtype=dtype)
     params = sbnet_cupy.calc_block_params_res_block(x.shape, (18, 14), weights.ksizes, 1, "SAME")
@@ -31,7 +32,7 @@ def test_stages_of_a_resnet(size: tuple[int, int], channels: int, inner: int, dt
     expected = networks.bottleneck(x, weights, (1, 1))
     device_x, device_weights = cupy.asarray(x), on_device(weights)
     expected.assert_near(sbnet_cupy.res_block_bottleneck(device_x, device_weights), np.ones((1, *size), bool))
-    y = sbnet_cupy.sparse_res_block_bottleneck(device_x, device_weights, indices, params)
+    y = sbnet_cupy.sparse_res_block_bottleneck(device_x, device_weights, indices, params, engine=engine)
     covered = networks.tiles(indices, params, x.shape)
     expected.assert_near(y, covered)
     assert np.array_equal(y.get()[~covered], x[~covered])
@@ -73,7 +74,8 @@ def test_half_sums_are_not_rounded_on_the_way() -> None:
     assert bool((sbnet_cupy.conv2d(x, w, padding="VALID") == 4104).all())
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("engine", ["fused", "composed"])
+def test_nothing_waits_for_the_device(engine: str) -> None:
     spin = cupy.RawKernel(SPIN, "spin")
     x = cupy.asarray(random_image((1, 60, 76, 16), "float16"))
     weights = on_device(BottleneckWeights.random(16, 8, dtype="float16"))
@@ -85,8 +87,10 @@ def test_nothing_waits_for_the_device() -> None:
     def work() -> float:
         begin = time.perf_counter()
         indices = sbnet_cupy.block_indices(mask, params, capacity=20)
-        sbnet_cupy.sparse_res_block_bottleneck(x, weights, indices, params, out=x)
-        sbnet_cupy.sparse_conv2d(x, conv, sbnet_cupy.block_indices(mask, strided, capacity=7), strided, strides=2)
+        packed = sbnet_cupy.pack_weights(weights) if engine == "fused" else weights
+        sbnet_cupy.sparse_res_block_bottleneck(x, packed, indices, params, out=x, engine=engine)
+        few = sbnet_cupy.block_indices(mask, strided, capacity=7)
+        sbnet_cupy.sparse_conv2d(x, conv, few, strided, strides=2, engine=engine)
         sbnet_cupy.res_block_bottleneck(x, weights)
         return time.perf_counter() - begin
 
@@ -98,12 +102,13 @@ def test_nothing_waits_for_the_device() -> None:
         stream.synchronize()
 
 
-def test_two_runs_agree_to_the_bit() -> None:
+@pytest.mark.parametrize("engine", ["fused", "composed"])
+def test_two_runs_agree_to_the_bit(engine: str) -> None:
     x = cupy.asarray(random_image((1, 60, 76, 32), "float32"))
     weights = on_device(BottleneckWeights.random(32, 16))
     params = sbnet_cupy.calc_block_params_res_block(x.shape, (18, 18), weights.ksizes, 1, "SAME")
     indices = sbnet_cupy.block_indices(cupy.asarray(random_mask(x.shape[:3], 0.5)), params)
-    first = sbnet_cupy.sparse_res_block_bottleneck(x, weights, indices, params)
+    first = sbnet_cupy.sparse_res_block_bottleneck(x, weights, indices, params, engine=engine)
     for _ in range(5):
-        again = sbnet_cupy.sparse_res_block_bottleneck(x, weights, indices, params)
+        again = sbnet_cupy.sparse_res_block_bottleneck(x, weights, indices, params, engine=engine)
         assert bool((again == first).all())
