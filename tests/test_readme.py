@@ -25,6 +25,7 @@ COMMAND = re.compile(r"^<!-- command: (\w+) -->\n```\w*\n(.*)\n```$", re.MULTILI
 PAGES = {
     "README.md": {"", "gpu", "torch", "jax", "gpu, numba"},
     "docs/cuda-graphs.md": {"", "gpu", "gpu, torch"},
+    "docs/fused-kernels.md": {""},
     "docs/pytorch.md": {"torch"},
 }
 
