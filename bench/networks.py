@@ -57,10 +57,14 @@ SWEEP_CALLS, SWEEP_REPEATS = 5, 5
 ROTATED_BYTES = 240e6
 #: Images to take in turn, at most: those of small stages then stay in part in the L2, and their row says how large.
 MOST_IMAGES = 128
-#: Engines that convolve stacks.
-ENGINES = ("cublas", "cudnn")
-#: Threads that compile the kernels of several block sizes side by side.
-COMPILING_THREADS = 8
+#: Engines: how a row calls it, what the library calls it, and for a composed one the library that multiplies.
+ENGINES = (
+    ("fused engine", "fused", ""),
+    ("cublas engine", "composed", "cublas"),
+    ("cudnn engine", "composed", "cudnn"),
+)
+#: Threads that compile the kernels of several block sizes side by side: a fused one takes most of a second of a core.
+COMPILING_THREADS = 16
 
 
 def tasks(kind: str, run: Run) -> Iterator[Task]:
@@ -112,12 +116,19 @@ class Sparse:
     params: BlockParams
     #: How many images the calls take in turn.
     turns: int = 1
+    engine: str = "auto"
+    #: Whether weights are packed once, and not in every call.
+    packs: bool = True
 
     def __post_init__(self) -> None:
         xp, network = self.scene.xp, self.scene.network
         self.active = active_blocks(self.mask, self.params)
         self.inside = tile_pixels(self.active, self.params, *network.shape[1:3])
         self.device_mask = xp.asarray(self.mask)
+        #: What calls are given as weights.
+        self.weights = self.scene.weights if network.kind == "bottleneck" else self.scene.convs[0]
+        if self.packs:
+            self.weights = sbnet_cupy.pack_weights(self.weights, allow_tf32=network.precision.tf32)
         #: Images that calls change: inputs of a bottleneck, results of a convolution.
         self.images = [self.scene.base.copy() for _ in range(self.turns)]
         #: What a convolution reads.
@@ -129,6 +140,11 @@ class Sparse:
     def indices(self) -> BlockIndices:
         """The active blocks, found when they are first needed: that compiles a kernel."""
         return self.reduce()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What all calls are told."""
+        return {"allow_tf32": self.scene.network.precision.tf32, "engine": self.engine}
 
     @property
     def blocks(self) -> int:
@@ -152,24 +168,21 @@ class Sparse:
     def in_place(self, turn: int, indices: BlockIndices | None = None) -> Any:
         """Write the active tiles of an image, and touch nothing else; find the blocks first if they are not given."""
         image = self.images[turn]
-        scene, tf32 = self.scene, self.scene.network.precision.tf32
         indices = indices or self.reduce()
-        if scene.network.kind == "bottleneck":
+        if self.scene.network.kind == "bottleneck":
             return sbnet_cupy.sparse_res_block_bottleneck(
-                image, scene.weights, indices, self.params, out=image, allow_tf32=tf32
+                image, self.weights, indices, self.params, out=image, **self.options
             )
         return sbnet_cupy.sparse_conv2d(
-            self.sources[turn], scene.convs[0], indices, self.params, base=image, out=image, allow_tf32=tf32
+            self.sources[turn], self.weights, indices, self.params, base=image, out=image, **self.options
         )
 
     def to_new_image(self) -> Any:
         """The public function with a result of its own: zeros, or the shortcut, outside of the active tiles."""
-        scene, tf32 = self.scene, self.scene.network.precision.tf32
-        if scene.network.kind == "bottleneck":
-            return sbnet_cupy.sparse_res_block_bottleneck(
-                scene.image, scene.weights, self.indices, self.params, allow_tf32=tf32
-            )
-        return sbnet_cupy.sparse_conv2d(scene.image, scene.convs[0], self.indices, self.params, allow_tf32=tf32)
+        run = sbnet_cupy.sparse_conv2d
+        if self.scene.network.kind == "bottleneck":
+            run = sbnet_cupy.sparse_res_block_bottleneck
+        return run(self.scene.image, self.weights, self.indices, self.params, **self.options)
 
     def contender(self, what: str = "", reduce_mask: bool = False) -> Contender:
         """The way of this library, in place."""
@@ -213,14 +226,24 @@ class _Bench:
         best = fastest_size(swept)
         if best is None:  # every size failed, and its row says why
             return
+        self._compile_curve(best)
         for sparsity in self.network.sparsities(self.run.quick):
             yield from self._timed(top_left_case(sparsity), best, role="curve", with_goal=True)
+            if sparsity == GOAL_SPARSITY and self.network.is_main and not self.run.quick:
+                yield from self._engine_rows(mask, best)
             if sparsity == GOAL_SPARSITY and self.network.is_detailed:
                 yield from self.detail_rows(mask, best)
                 yield from self.submanifold_rows(mask)
         if self.network.is_detailed:
             for real in REAL_MASKS:
                 yield from self.real_rows(real)
+
+    def _compile_curve(self, size: int) -> None:
+        """Compile what the curve asks for: how many blocks there are decides how a fused kernel cuts its work."""
+        height, width = self.network.shape[1:3]
+        cases = (top_left_case(sparsity) for sparsity in self.network.sparsities(self.run.quick))
+        params = self.network.params(size)
+        compile_ahead([Sparse(self.scene, case.make(height, width), params) for case in cases], self.run.stream)
 
     def dense_rows(self) -> Iterator[Row]:
         """The dense networks, PyTorch's and this library's."""
@@ -288,22 +311,20 @@ class _Bench:
         turns, size_of_all = images_in_turn(self.network, sparse.pixels)
         name = f"{turns} images in turn, {size_of_all / 1e6:.0f} MB active"
 
-        yield from self._engine_rows(mask, size)
-
         def rotating() -> Contender:
             return replace(sparse, turns=turns).contender(name)
 
         yield attempt(case, _ours(name), rotating, captured_clock(), self.run, **fields)
 
     def _engine_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
-        """The same by each of the libraries that can multiply, whichever is the default."""
-        for engine in ENGINES:
-            name = f"{engine} engine"
-            if engine == "cudnn" and importlib.util.find_spec("cudnn") is None:
+        """The same by each engine, whichever is the default, and with weights that are packed in every call."""
+        for name, engine, library in ENGINES:
+            if library == "cudnn" and importlib.util.find_spec("cudnn") is None:
                 yield Row(self._case(mask.name), name, note='not installed: pip install "sbnet-cupy[cudnn]"')
                 continue
-            with chosen_engine(engine):
-                yield from self._timed(mask, size, name)
+            with chosen_engine(library or "auto"):
+                yield from self._timed(mask, size, name, engine=engine)
+        yield from self._timed(mask, size, "packed in every call", packs=False)
 
     def submanifold_rows(self, mask: MaskCase) -> Iterator[Row]:
         """Submanifold convolutions, whose autotuner takes long."""
@@ -326,11 +347,14 @@ class _Bench:
         clock: Callable[[Call], Clock] | None = None,
         reduce_mask: bool = False,
         with_goal: bool = False,
+        engine: str = "auto",
+        packs: bool = True,
     ) -> Iterator[Row]:
         """The library's row for one mask and block size."""
-        sparse = Sparse(self.scene, mask.make(*self.network.shape[1:3]), self.network.params(size))
+        pixels = mask.make(*self.network.shape[1:3])
+        sparse = Sparse(self.scene, pixels, self.network.params(size), engine=engine, packs=packs)
         fields = self._fields(mask.name, sparse, mask.sparsity)
-        fields["parameters"] |= {"role": role, "reduce_mask": reduce_mask}
+        fields["parameters"] |= {"role": role, "reduce_mask": reduce_mask, "engine": engine, "packs": packs}
         if with_goal:
             fields |= {"target": self.network.goal(mask.name), "original": self.network.original(mask.name)}
         chosen = captured_clock(before=sparse.restore) if clock is None else clock(sparse.restore)

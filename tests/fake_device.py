@@ -87,4 +87,5 @@ def shrink_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "STAGES", TINY_STAGES)
     monkeypatch.setattr(networks, "networks", lambda kind, quick: stages.networks(kind, quick=False)[2:4])
     monkeypatch.setattr(networks, "MOST_IMAGES", 2)
+    monkeypatch.setattr(networks, "ENGINES", networks.ENGINES[1:])  # NumPy arrays are never fused
     monkeypatch.setattr(timing, "GRAPH_US", 1.0)

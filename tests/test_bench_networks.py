@@ -277,6 +277,18 @@ def test_active_tiles_are_those_of_the_library(bsize: int, make: Callable[[int, 
 
 
 class TestContenders:
+    def test_weights_are_packed_once_and_engines_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert [engine for _, engine, _ in networks.ENGINES] == ["fused", "composed", "composed"]
+        calls: list[Any] = []
+        for name in ("sparse_conv2d", "sparse_res_block_bottleneck"):
+            monkeypatch.setattr(sbnet_cupy, name, lambda *given, **options: calls.append((given[1], options)))
+        for kind, packed in (("conv", sbnet_cupy.PackedWeights), ("bottleneck", sbnet_cupy.PackedBottleneck)):
+            calls.clear()
+            sparse = replace(sparse_case(Network(kind, TINY_STAGES[0], PRECISIONS[1])), engine="fused")
+            sparse.in_place(0), sparse.to_new_image(), replace(sparse, packs=False).in_place(0)
+            assert [isinstance(weights, packed) for weights, _ in calls] == [True, True, False]
+            assert all((o["engine"], o["allow_tf32"]) == ("fused", True) for _, o in calls)
+
     @every_network
     @pytest.mark.parametrize("bsize", [5, 8])
     def test_the_library_is_right(self, network: Network, bsize: int) -> None:
@@ -400,6 +412,19 @@ class TestRuns:
         assert {r.check for r in ours} == {"equal"}
         assert all(r.speedup is not None for r in ours if r.clock == "graph")
         assert {r.clock for r in ours} == {"graph", "eager", "host"}
+
+    def test_engines_are_measured_beside_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert [name for name, _, _ in networks.ENGINES] == ["cublas engine", "cudnn engine"]  # NumPy has no other
+        monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
+        found = {r.implementation: r for r in self.measure("bottleneck")}
+        row = found["sbnet_cupy, cublas engine"]
+        assert (row.parameters["engine"], row.parameters["packs"], row.check) == ("composed", True, "equal")
+        assert not found["sbnet_cupy, packed in every call"].parameters["packs"]
+        assert "not installed" in found["cudnn engine"].note
+        (goal,) = [r for r in self.measure("bottleneck") if r.goal]
+        assert (goal.parameters["engine"], goal.parameters["packs"]) == ("auto", True)
+        others = {r.implementation for r in self.measure("bottleneck", 1)}
+        assert not {"sbnet_cupy, cublas engine", "cudnn engine"} & others
 
     def test_other_stages_are_measured_in_short(self) -> None:
         rows = self.measure(number=1)
