@@ -18,8 +18,11 @@ from typing import Any
 from .cases import CASE_L, Mask, Transfer
 from .data import Expected, make_inputs, make_mask
 from .gather_scatter import library
+from .network_data import Scene
+from .networks import Sparse
 from .record import RESULTS
 from .reduce_mask import library as mask_library
+from .stages import GOAL_SPARSITY, PRECISIONS, STAGES, Network, top_left_case
 
 #: Metrics of the profiler, and what they are called in the table.
 METRICS = {
@@ -63,9 +66,15 @@ CASES = [
 ]
 MASKS = [Mask("mask 1x400x700, capacity", (1, 400, 700), 0.1)]
 
+#: Kind and stage of a network, and the size of its blocks.
+_NETWORKS = [("conv", 0, 18), ("conv", 1, 10), *(("bottleneck", k, size) for k, size in enumerate((18, 10, 8, 5)))]
+NETWORKS = [
+    (Network(kind, STAGES[stage], precision), bsize) for kind, stage, bsize in _NETWORKS for precision in PRECISIONS[1:]
+]
+
 
 #: A case ends with one of these kernels; before it come those that prepare for it.
-LAST_KERNEL = re.compile(r"\b(gather|gather_tiled|scatter|scatter_tiled|compact_active)\b")
+LAST_KERNEL = re.compile(r"\b(gather|gather_tiled|scatter|scatter_tiled|compact_active|conv|bottleneck)\b")
 
 
 def run_cases() -> None:
@@ -80,6 +89,9 @@ def run_cases() -> None:
     for case in MASKS:
         mask, blocks = make_mask(cupy, case, 0)
         profile_second(mask_library(case, [mask], [blocks], True).calls[0])
+    for network, bsize in NETWORKS:
+        mask = top_left_case(GOAL_SPARSITY).make(*network.shape[1:3])
+        profile_second(Sparse(Scene(cupy, network), mask, network.params(bsize)).contender().calls[0])
 
 
 def profile_second(call: Callable[[], Any]) -> None:
@@ -116,7 +128,7 @@ def table(lines: list[str]) -> list[dict[str, str]]:
         if unit not in SCALE:
             raise ValueError(f"{metric}: expected a unit of {', '.join(SCALE)}, got {unit!r}")
         kernel[METRICS[metric]] = f"{float(row['Metric Value'].replace(',', '')) * SCALE[unit]:.1f}"
-    names = iter([case.name for case in [*CASES, *MASKS]])
+    names = iter([*(case.name for case in [*CASES, *MASKS]), *(f"{n.kind} {n.name}" for n, _ in NETWORKS)])
     name = next(names)
     for kernel in kernels.values():
         kernel["case"] = name

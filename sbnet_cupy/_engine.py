@@ -21,13 +21,23 @@ from ._validate import Spec
 ENGINES = ("auto", "fused", "composed")
 
 #: Up to how many channels times features ``auto`` takes the fused kernels, by the arithmetic: pairs of a number of
-#: kernel pixels, from which on the second number holds. Plain float32 arithmetic shares too little of what it reads.
+#: kernel pixels, from which on the second number holds. On an H200, with cuDNN for the composed engine, 90 % sparse,
+#: the fused kernels took this part of its time: 3x3 convolutions of 64, 128, 256 and 512 channels 0.59, 0.69, 0.94 and
+#: 0.71 in float16, of 128, 256 and 512 channels 0.89, 1.75 and 1.17 in TF32, and 1.6 and 1.4 of 128 and 512 in
+#: float32, whose plain arithmetic shares too little of what it reads; bottlenecks of 96/24, 384/96, 512/128, 1024/256
+#: and 2048/512 channels 0.33, 0.41, 0.69, 1.11 and 1.06 in float16, and of 96/24, 384/96 and 2048/512 channels 0.40,
+#: 0.58 and 1.33 in TF32, 0.74, 1.9 and 2.4 in float32.
 _MOST_WEIGHTS: dict[str, tuple[tuple[int, float], ...]] = {
-    "float16": ((1, math.inf),),
-    "bfloat16": ((1, math.inf),),
-    "tf32": ((1, math.inf),),
-    "float32": ((1, 128 * 128),),
+    "float16": ((1, 512 * 128), (9, math.inf)),
+    "bfloat16": ((1, 512 * 128), (9, math.inf)),
+    "tf32": ((1, 384 * 96), (9, 128 * 128)),
+    "float32": ((1, 48 * 48), (9, 48 * 48)),
 }
+
+#: Products beyond which ``auto`` leaves the work to cuDNN or cuBLAS, which are closer to the peak of tensor cores where
+#: there is enough for all of them: with 4.1 thousand million (60 % sparse), the fused kernels took 1.05 to 1.4 of their
+#: time in the cases above of 128 channels and more; with 1.1 in bottlenecks of 96/24 channels, 0.70 to 0.85.
+_MOST_PRODUCTS = 2.5e9
 
 #: From so many channels on, ``auto`` gathers pixels that are not whole pieces of 16 bytes, which the fused kernels read
 #: number by number.
@@ -78,11 +88,16 @@ def takes_fused(engine: str, obstacle: str, preferred: bool) -> bool:
     return not obstacle and (engine == "fused" or (engine == "auto" and preferred))
 
 
-def prefers_fused(dtype: np.dtype[Any], tf32: bool, sizes: Iterable[ConvSize], whole: bool) -> bool:
-    """Whether ``auto`` takes the fused kernels, by what was measured. `whole`: pixels are whole pieces of 16 bytes."""
+def prefers_fused(dtype: np.dtype[Any], tf32: bool, sizes: Iterable[ConvSize], whole: bool, pixels: int) -> bool:
+    """Whether ``auto`` takes the fused kernels, by what was measured.
+
+    `whole`: pixels are whole pieces of 16 bytes. `pixels`: those of the output in all blocks.
+    """
     limits = _MOST_WEIGHTS["tf32" if tf32 and dtype == np.float32 else dtype.name]
     sizes = list(sizes)
     if not whole and sizes[0].channels >= _GATHERED_CHANNELS:
+        return False
+    if pixels * sum(math.prod(size) for size in sizes) > _MOST_PRODUCTS:
         return False
     return all(
         size.channels * size.features <= [most for pixels, most in limits if pixels <= size.kernel_pixels][-1]

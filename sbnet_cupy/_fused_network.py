@@ -82,7 +82,8 @@ class FusedBlocks:
             or size_obstacle(self.layers, self.params, self.sizes, self.rows)
             or offset_obstacle((x, *others), self.layers, self.params)
         )
-        preferred = not obstacle and prefers_fused(x.dtype, self.tf32, self.sizes, is_whole(x))
+        pixels = self.rows * self.params.bsize_out[0] * self.params.bsize_out[1]
+        preferred = not obstacle and prefers_fused(x.dtype, self.tf32, self.sizes, is_whole(x), pixels)
         return takes_fused(engine, obstacle, preferred)
 
     def stack(self, step: int, dtype: np.dtype[Any]) -> Spec:

@@ -39,12 +39,14 @@ BRAIN = np.dtype(ml_dtypes.bfloat16)
     ("dtype", "tf32", "size", "whole", "expected"),
     [
         (HALF, False, (9, 24, 24), True, True),
-        (BRAIN, False, (1, 4096, 4096), True, True),
-        (SINGLE, True, (9, 512, 512), True, True),
-        (SINGLE, False, (9, 128, 128), True, True),
-        (SINGLE, False, (1, 256, 64), True, True),
-        (SINGLE, False, (9, 129, 128), True, False),
-        (SINGLE, False, (1, 384, 96), True, False),
+        (HALF, False, (9, 512, 512), True, True),
+        (BRAIN, False, (1, 512, 128), True, True),
+        (BRAIN, False, (1, 512, 129), True, False),
+        (SINGLE, True, (9, 128, 128), True, True),
+        (SINGLE, True, (9, 129, 128), True, False),
+        (SINGLE, True, (1, 384, 96), True, True),
+        (SINGLE, False, (9, 48, 48), True, True),
+        (SINGLE, False, (1, 49, 48), True, False),
         (HALF, True, (9, 512, 512), True, True),  # TF32 is of float32 alone
         # Pixels that are not whole pieces: from 64 channels on, copying them wins.
         (HALF, False, (9, 63, 24), False, True),
@@ -53,18 +55,24 @@ BRAIN = np.dtype(ml_dtypes.bfloat16)
     ],
 )  # fmt: skip
 def test_auto(dtype: Any, tf32: bool, size: tuple[int, int, int], whole: bool, expected: bool) -> None:
-    assert _engine.prefers_fused(dtype, tf32, [ConvSize(*size)], whole) is expected
+    assert _engine.prefers_fused(dtype, tf32, [ConvSize(*size)], whole, 1) is expected
 
 
 def test_auto_asks_all_convolutions_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = ConvSize(1, 96, 24), ConvSize(9, 384, 96)
-    assert _engine.prefers_fused(SINGLE, False, [small, small], True)
-    assert not _engine.prefers_fused(SINGLE, False, [small, large], True)
+    small, large = ConvSize(1, 48, 24), ConvSize(9, 384, 96)
+    assert _engine.prefers_fused(SINGLE, False, [small, small], True, 1)
+    assert not _engine.prefers_fused(SINGLE, False, [small, large], True, 1)
     assert ConvSize.of((3, 5, 8, 16)) == (15, 8, 16)
     # From so many kernel pixels on another number holds.
     monkeypatch.setitem(_engine._MOST_WEIGHTS, "float16", ((1, 0), (9, 100)))
     for size, expected in (((1, 1, 1), False), ((8, 1, 1), False), ((9, 10, 10), True), ((10, 10, 11), False)):
-        assert _engine.prefers_fused(HALF, False, [ConvSize(*size)], True) is expected
+        assert _engine.prefers_fused(HALF, False, [ConvSize(*size)], True, 1) is expected
+
+
+def test_auto_leaves_much_work_to_others() -> None:
+    chain = [ConvSize(1, 100, 10), ConvSize(9, 10, 10), ConvSize(1, 10, 60)]
+    assert _engine.prefers_fused(HALF, False, chain, True, 10**6)
+    assert not _engine.prefers_fused(HALF, False, chain, True, 10**6 + 1)
 
 
 def test_named_engines() -> None:
