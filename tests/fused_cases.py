@@ -420,3 +420,44 @@ PACKINGS = [
         "pack-chunks", "tf32", Geometry((1, 1, 1, 300), (3, 3), (1, 1), "SAME", (1, 1), 0, None, 2), "new", "strided"
     ),
 ]
+
+
+def random_cases(count: int) -> list[FusedCase]:
+    """Convolutions and, every third, bottlenecks of random geometry, the same ones in every run."""
+    found: list[FusedCase] = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+
+        def pick(*values: Any, rng: np.random.Generator = rng) -> Any:
+            return values[rng.integers(len(values))]
+
+        def pair(*values: int, pick: Callable[..., Any] = pick) -> Pair:
+            return pick(*values), pick(*values)
+
+        options: dict[str, Any] = {
+            "batch": pick(1, 2, 3), "density": pick(0.01, 0.05, 1.0), "spare": pick(None, None, 3, -2),
+            "layout": pick("nhwc", "nhwc", "nchw", "sliced", "reversed", "strided", "misaligned"),
+            "target": pick("new", "out", "place"), "packed": pick(True, False),
+        }  # fmt: skip
+        arithmetic, size, tile = pick(*DTYPES), pair(5, 9, 16, 17), pair(1, 2, 4, 5, 7)
+        if number % 3 == 2:
+            channels, inner = pick(8, 16, 24, 5), pick(8, 8, 16, 3)
+            projects = pick(None, None, 8, 5)
+            strides = pair(1, 2) if projects else (1, 1)
+            if options["target"] == "place":
+                projects, strides = None, (1, 1)
+                # On a CPU, neighbours would see what is written: a stack goes between.
+                options |= {"batch": 3, "density": 1.0, "spare": None}
+            more = {"outer": pick(((1, 1), (1, 1)), ((1, 1), (1, 1)), ((2, 3), (3, 1))), "activates": pick(True, False)}
+            ksize = pick((3, 3), (3, 3), (1, 5), (2, 2))
+            options |= {**more, "ksize": ksize, "strides": strides, "projects": projects}
+            found.append(bottleneck(f"random-{number}", arithmetic, size, channels, inner, tile, **options))
+        else:
+            channels, features = pick(1, 3, 8, 24, 40, 64, 130), pick(1, 5, 8, 24, 40, 64)
+            ksize, strides = pick((1, 1), (3, 3), (3, 3), (5, 5), (2, 4), (7, 7)), pair(1, 1, 2, 3)
+            padding = pick("SAME", "SAME", ((0, 2), (1, 3)), ((4, 4), (0, 0)))
+            options |= {"bias": pick(True, False), "relu": pick(True, False)}
+            found.append(
+                conv(f"random-{number}", arithmetic, size, channels, features, ksize, strides, tile, padding, **options)
+            )
+    return found

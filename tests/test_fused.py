@@ -6,7 +6,7 @@ import os
 
 import cpu_cuda
 import pytest
-from fused_cases import BOTTLENECKS, CONVS, FusedCase, planned
+from fused_cases import BOTTLENECKS, CONVS, FusedCase, planned, random_cases
 
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
@@ -23,10 +23,37 @@ def built(request: pytest.FixtureRequest) -> None:
     cpu_cuda.build({instance for case in selected if isinstance(case, FusedCase) for instance in case.kernels()})
 
 
+def test_names_are_unique() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+
+
 @cases
 @pytest.mark.usefixtures("built")
 def test_on_a_cpu(case: FusedCase) -> None:
     case.check(cpu_cuda.ORDERS[0])
+
+
+#: Random geometries that run on a CPU, where each takes a second, and on a GPU.
+RANDOM = 60 if os.environ.get("SBNET_CUPY_TEST_ALL") else 9
+
+
+def test_random_geometry_on_a_cpu() -> None:
+    found = random_cases(RANDOM)
+    cpu_cuda.build({instance for case in found for instance in case.kernels()})
+    for case in found:
+        case.check(cpu_cuda.ORDERS[0])
+
+
+@pytest.mark.gpu
+def test_random_geometry_on_a_gpu() -> None:
+    cupy = pytest.importorskip("cupy")
+    for case in random_cases(60):
+        found = case.run(cupy)
+        try:
+            case.assert_right(found)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
 
 
 @pytest.mark.parametrize("order", cpu_cuda.ORDERS[1:], ids=lambda order: order.name)
