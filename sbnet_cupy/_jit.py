@@ -224,7 +224,8 @@ def precompile(
     """Compile all kernels that some block sizes and dtypes can need, into CuPy's disk cache.
 
     Calls then find them there, in this process and in later ones, whatever the number of channels and the memory
-    layout: useful before a measurement, or when a container image is built.
+    layout: useful before a measurement, or when a container image is built. The fused kernels of convolutions and
+    bottlenecks are not among them: channels and kernel sizes decide about those, so the first call compiles them.
 
     Parameters
     ----------

@@ -46,14 +46,19 @@ DTYPES = {
 }
 
 
+#: Bytes in which the weights of a small product, or the results of a pass, have room.
+ROOM = 16 << 10
+
 #: Plans that the model would not take for small problems, by name: one of all that fit, or the model's with a change.
 PLANS: dict[str, Callable[[list[Any], Any], Any]] = {
     "split": lambda plans, chosen: max(plans, key=lambda plan: plan.grid[1]),
     "tiles": lambda plans, chosen: max(plans, key=lambda plan: (math.prod(plan.tiles) > 1, math.prod(plan.tile) % 2)),
     "distant": lambda plans, chosen: replace(chosen, near=0, parts=1),
-    "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1),
-    "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2),
-    "passes": lambda plans, chosen: replace(chosen, layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1))),
+    "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1, shared=chosen.shared + ROOM),
+    "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2, shared=chosen.shared + ROOM),
+    "passes": lambda plans, chosen: replace(
+        chosen, layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1)), shared=chosen.shared + ROOM
+    ),
 }
 
 
