@@ -35,8 +35,8 @@ DTYPES = [
 DTYPES.append(np.dtype(ml_dtypes.bfloat16))
 
 
-#: By default, every eighth block size of the table, and half of the fused kernels, are compiled for the generations other than Hopper, whose times have
-#: chosen the kernels' registers. All other instances are compiled for each generation.
+#: By default, every eighth block size of the table and half of the fused kernels are compiled for the generations other
+#: than Hopper, whose times have chosen the kernels' registers. All other instances are compiled for each generation.
 SAMPLE = 1 if os.environ.get("SBNET_CUPY_TEST_ALL") else 8
 
 
