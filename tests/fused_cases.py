@@ -52,7 +52,9 @@ ROOM = 16 << 10
 #: Plans that the model would not take for small problems, by name: one of all that fit, or the model's with a change.
 PLANS: dict[str, Callable[[list[Any], Any], Any]] = {
     "split": lambda plans, chosen: max(plans, key=lambda plan: plan.grid[1]),
-    "tiles": lambda plans, chosen: max(plans, key=lambda plan: (math.prod(plan.tiles) > 1, math.prod(plan.tile) % 2)),
+    "tiles": lambda plans, chosen: max(  # that hang over the block
+        plans, key=lambda plan: (math.prod(plan.tiles) > 1, sum(map(math.prod, zip(plan.tile, plan.tiles))))
+    ),
     "distant": lambda plans, chosen: replace(chosen, near=0, parts=1),
     "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1, shared=chosen.shared + ROOM),
     "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2, shared=chosen.shared + ROOM),
@@ -414,6 +416,7 @@ BOTTLENECKS = [
     bottleneck("stack", "tf32", (20, 23), 16, 8, (8, 8), target="place", density=0.05),
     bottleneck("layers-stride", "float16", (13, 15), 16, 8, (3, 4), strides=(2, 2), projects=24, spare=3),
     bottleneck("layers-kernels", "tf32", (12, 13), 8, 8, (4, 5), outer=((3, 1), (2, 3)), target="place", batch=1),
+    bottleneck("layers-tiles", "float16", (12, 13), 8, 8, (5, 11), outer=((3, 1), (1, 1)), plan="tiles"),
     bottleneck("layers-odd", "float32", (12, 13), 5, 3, (4, 5), target="place", density=0.05, spare=-3),
     bottleneck("layers-nchw", "bfloat16", (12, 13), 16, 8, (4, 5), middle=16, layout="nchw", target="out", batch=1),
     bottleneck("layers-plain", "float16", (12, 13), 8, 8, (4, 5), activates=False, layout="misaligned", target="out"),

@@ -96,7 +96,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
-        "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw"),
+        "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw layers-tiles"),
     }
 
 
@@ -1513,7 +1513,7 @@ conv-tiles: conv.cu, conv_chunks
 - within = tile * tile_size;
 + within = 0;
 
-conv-clipped: conv.cu, conv_chunks
+conv-clipped: conv.cu, layers
 - y >= tile.y.size || x >= tile.x.size ||
 +
 
