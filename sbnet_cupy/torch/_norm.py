@@ -48,7 +48,7 @@ def norm_relu(stack: Tensor, norm: torch.nn.BatchNorm2d, pixels: Pixels) -> Tens
         return functional.relu(y) * (pixels.ceiling > 0).to(y.dtype)
     y, mean, var, count = _NormReLU.apply(stack, norm.weight, norm.bias, *pixels, norm.eps)
     _move_running(norm, mean, var, count)
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _move_running(norm: torch.nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
