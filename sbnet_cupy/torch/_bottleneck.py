@@ -15,7 +15,8 @@ from ._check import check_image, check_rows
 from ._common import ROWS_SCHEMA, autocast, autocast_dtype, new_images
 from ._conv import same_margin, tile_params
 from ._folding import FoldsInEval, allow_tf32, fold_norm, pack_weight, takes_gradients
-from ._grid import NO_MARGIN, Margin, SparseBlockGrid, crop
+from ._grid import SparseBlockGrid
+from ._norm import find_pixels, norm_relu
 
 
 class SparseBottleneck(FoldsInEval):
@@ -125,47 +126,13 @@ class SparseBottleneck(FoldsInEval):
     def _composed(self, x: Tensor, grid: SparseBlockGrid) -> Tensor:
         """Of PyTorch's own ops, through which gradients flow."""
         margin = same_margin(self.conv2, "conv2")
-        own = grid.inside()
-
-        def activate(stack: Tensor, norm: torch.nn.BatchNorm2d, around: Margin) -> Tensor:
-            return functional.relu(self._normalise(stack, norm, crop(stack, around, NO_MARGIN), own))
-
-        y = self.conv1(activate(grid.gather(x, margin), self.bn1, margin))
-        # The dense network pads here: with zeros, behind batch norm and ReLU.
-        y = activate(y, self.bn2, margin).masked_fill(~grid.inside(margin), 0)
-        y = functional.conv2d(y, self.conv2.weight)
-        y = self.conv3(activate(y, self.bn3, NO_MARGIN))
+        pixels = find_pixels(grid, margin)
+        y = self.conv1(norm_relu(grid.gather(x, margin), self.bn1, pixels))
+        y = functional.conv2d(norm_relu(y, self.bn2, pixels), self.conv2.weight)
+        y = self.conv3(norm_relu(y, self.bn3, find_pixels(grid)))
         base = self._skip(x)
         with torch.autocast(x.device.type, enabled=False):
             return grid.scatter(y.to(base.dtype), base, add=True)
-
-    def _normalise(self, stack: Tensor, norm: torch.nn.BatchNorm2d, tiles: Tensor, own: Tensor) -> Tensor:
-        """Batch norm of `stack`; in training with the statistics of `tiles`, of which the pixels `own` count."""
-        wide = stack.to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
-        if self.training:
-            mean, var = _statistics(tiles.to(wide.dtype), own, norm)
-        else:
-            mean, var = norm.running_mean.to(wide.dtype), norm.running_var.to(wide.dtype)
-        scale = norm.weight / torch.sqrt(var + norm.eps)
-        shift = norm.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(stack.dtype)
-
-
-def _statistics(tiles: Tensor, own: Tensor, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over the pixels `own`; moves the running ones towards them."""
-    axes = (0, 2, 3)
-    count = own.sum(dtype=tiles.dtype)
-    some = count.clamp(min=1)
-    mean = tiles.masked_fill(~own, 0).sum(axes) / some
-    var = (tiles - mean[:, None, None]).masked_fill(~own, 0).square().sum(axes) / some
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        part = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        part = part * (count > 0)  # no active pixel, no change
-        unbiased = var * count / (count - 1).clamp(min=1)
-        norm.running_mean.add_(part * (mean - norm.running_mean))
-        norm.running_var.add_(part * (unbiased - norm.running_var))
-    return mean, var
 
 
 @torch.library.custom_op(

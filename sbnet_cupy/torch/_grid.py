@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .._geometry import parse_pair
 from .._reduce_mask import BlockIndices
+from ._arrays import channels_last
+from ._common import new_images
 from ._gather import sparse_gather
 from ._reduce_mask import reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_
@@ -127,9 +129,8 @@ class SparseBlockGrid(NamedTuple):
 
     def onto_zeros(self, tiles: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` that are the tiles there and 0 elsewhere, in the memory format of `tiles`."""
-        zeros = tiles.new_zeros((self.batch, tiles.shape[1], *self.size))
-        if tiles.stride(1) == 1:
-            zeros = zeros.contiguous(memory_format=torch.channels_last)
+        shape = (self.batch, tiles.shape[1], *self.size)
+        zeros = new_images(tiles, shape, channels_last(tiles)).zero_()
         rows = self.rows.bin_counts, self.rows.active_block_indices
         return sparse_scatter_(tiles, *rows, zeros, **self._blocks(NO_MARGIN))
 
