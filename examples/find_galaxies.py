@@ -33,8 +33,8 @@ from sbnet_cupy.torch import SparseBlockGrid, SparseBottleneck, SparseConv2d
 
 NOISE = 0.3  # standard deviation, of a picture from 0 to 1
 BRIGHT = 0.3  # above it, the smoothed picture is a source
-LOOK = 0.25  # above it, the local mean of the noisy picture may be one
-ROOM = 0.32  # part of the tiles that training has room for; about 0.23 are active
+LOOK = 0.2  # above it, the local mean of the noisy picture may be one
+ROOM = 0.36  # part of the tiles that training has room for; about 0.29 are active
 NOTHING = -5.0  # logit where nobody looks
 
 

@@ -348,7 +348,8 @@ class _Meetings:
             return slab[0].ptr + self._bytes * (slab[1] - 1)  # type: ignore[no-any-return]
 
     def _allocate(self) -> Any:
-        memory = cupy.cuda.alloc(self._bytes * self._pairs)
+        # Not of an allocator that is current only now, such as the one of a graph that is being captured.
+        memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(self._bytes * self._pairs), 0)
         # On a stream of its own: the current one may be capturing.
         side = cupy.cuda.Stream(non_blocking=True)
         memory.memset_async(0, self._bytes * self._pairs, side)

@@ -24,6 +24,8 @@ cuda = SimpleNamespace(
     alloc=lambda size: empty(size, np.uint8).data,
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     compiler=SimpleNamespace(CompileException=CompileError),
+    Memory=lambda size: empty(size, np.uint8).data,
+    MemoryPointer=lambda memory, offset: memory + offset,
     Stream=lambda non_blocking: SimpleNamespace(synchronize=lambda: None),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None, is_capturing=lambda: False),
     runtime=SimpleNamespace(getDevice=lambda: 0),
