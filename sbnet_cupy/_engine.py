@@ -23,15 +23,16 @@ ENGINES = ("auto", "fused", "composed")
 #: Up to how many channels times features ``auto`` takes the fused kernels, by the arithmetic: pairs of a number of
 #: kernel pixels, from which on the second number holds. On an H200, with cuDNN for the composed engine, 90 % sparse,
 #: the fused kernels took this part of its time: 3x3 convolutions of 64, 128, 256 and 512 channels 0.59, 0.69, 0.94 and
-#: 0.71 in float16, of 128, 256 and 512 channels 0.89, 1.75 and 1.17 in TF32, and 1.6 and 1.4 of 128 and 512 in
-#: float32, whose plain arithmetic shares too little of what it reads; bottlenecks of 96/24, 384/96, 512/128, 1024/256
-#: and 2048/512 channels 0.33, 0.41, 0.69, 1.11 and 1.06 in float16, and of 96/24, 384/96 and 2048/512 channels 0.40,
-#: 0.58 and 1.33 in TF32, 0.74, 1.9 and 2.4 in float32.
+#: 0.71 in float16, of 128, 256 and 512 channels 0.89, 1.75 and 1.17 in TF32; of 64, 96, 128 and 512 channels 0.41,
+#: 0.68, 1.6 and 1.4 in float32, whose plain arithmetic shares too little of what it reads; bottlenecks of 96/24,
+#: 384/96, 512/128, 1024/256 and 2048/512 channels 0.33, 0.41, 0.69, 1.11 and 1.06 in float16, and of 96/24, 384/96 and
+#: 2048/512 channels 0.40, 0.58 and 1.33 in TF32; of 96/24, 192/48, 256/64 and 384/96 channels 0.75, 0.86, 1.4 and 2.9
+#: in float32.
 _MOST_WEIGHTS: dict[str, tuple[tuple[int, float], ...]] = {
     "float16": ((1, 512 * 128), (9, math.inf)),
     "bfloat16": ((1, 512 * 128), (9, math.inf)),
     "tf32": ((1, 384 * 96), (9, 128 * 128)),
-    "float32": ((1, 48 * 48), (9, 48 * 48)),
+    "float32": ((1, 192 * 48), (9, 96 * 96)),
 }
 
 #: Products beyond which ``auto`` leaves the work to cuDNN or cuBLAS, which are closer to the peak of tensor cores where

@@ -45,8 +45,10 @@ BRAIN = np.dtype(ml_dtypes.bfloat16)
         (SINGLE, True, (9, 128, 128), True, True),
         (SINGLE, True, (9, 129, 128), True, False),
         (SINGLE, True, (1, 384, 96), True, True),
-        (SINGLE, False, (9, 48, 48), True, True),
-        (SINGLE, False, (1, 49, 48), True, False),
+        (SINGLE, False, (9, 96, 96), True, True),
+        (SINGLE, False, (9, 97, 96), True, False),
+        (SINGLE, False, (1, 192, 48), True, True),
+        (SINGLE, False, (1, 193, 48), True, False),
         (HALF, True, (9, 512, 512), True, True),  # TF32 is of float32 alone
         # Pixels that are not whole pieces: from 64 channels on, copying them wins.
         (HALF, False, (9, 63, 24), False, True),
