@@ -175,10 +175,6 @@ _TENSOR, _PLAIN, _SHARED, _L2, _GLOBAL = 1024, 128, 128, 48, 20
 #: Clocks that a tile waits: for its place, for its window, at barriers.
 _WAITS = 2500
 
-#: Warps that keep tensor cores busy.
-_BUSY_WARPS = 8
-
-
 #: Clocks of an exchange of sums, besides its traffic, and of a pass over the channels of a result.
 _EXCHANGE, _PASS = 500, 600
 
@@ -188,7 +184,7 @@ def exchange_clocks(layout: WarpLayout) -> float:
     return _EXCHANGE + 2 * layout.exchanged_bytes / _SHARED if layout.depth > 1 else 0
 
 
-def product_clocks(rows: int, layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
+def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
     """Clocks of one product of a CTA by what bounds it: arithmetic, shared memory, or the way of the weights."""
     depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
     rate = (_TENSOR * 2 // itemsize) if tensor else _PLAIN
@@ -207,9 +203,7 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
     ctas = plan.grid[0] * plan.grid[1]
     waves = math.ceil(ctas / (limits.multiprocessors * resident))
     together = min(resident, math.ceil(ctas / limits.multiprocessors))
-    product = packing.chunks * product_clocks(
-        plan.layout.rows, plan.layout, packing.steps, itemsize, problem.uses_tensor_cores
-    )
+    product = packing.chunks * product_clocks(plan.layout, packing.steps, itemsize, problem.uses_tensor_cores)
     load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
     out = exchange_clocks(plan.layout)
     out += plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
@@ -336,7 +330,7 @@ def _best_layout(
 
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
-        product = product_clocks(layout.rows, layout, steps, problem.itemsize, problem.uses_tensor_cores)
+        product = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores)
         # What is read and written in rows of fewer bytes than a few sectors of memory takes longer.
         row = layout.n * COLUMNS * problem.itemsize
         rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
@@ -361,7 +355,7 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     clocks = 0.0
     for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
         passes = problem.channels // layout.columns if number == 2 else 1
-        product = product_clocks(layout.rows, layout, steps, itemsize, tensor)
+        product = product_clocks(layout, steps, itemsize, tensor)
         clocks += passes * (product + exchange_clocks(layout) + _PASS)
     pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
     share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
