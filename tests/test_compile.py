@@ -210,7 +210,7 @@ def test_every_kernel_has_a_register_bound() -> None:
 
 
 def test_compile_matrix(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of Hopper; test_compile_generations.py has the others."""
+    """Of Hopper; test_compile_older.py and test_compile_newer.py have the others."""
     check_matrix("sm_90", capsys)
 
 

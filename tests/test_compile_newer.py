@@ -1,0 +1,18 @@
+"""The compile matrix of GPU generations after Hopper: a file of its own, so that it can have a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("cupy")
+
+from nvrtc import ARCHITECTURES
+from test_compile import check_matrix
+
+GENERATIONS = ("sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("architecture", GENERATIONS)
+def test_compile_matrix(architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert architecture in ARCHITECTURES
+    check_matrix(architecture, capsys)
