@@ -21,7 +21,7 @@ struct BottleneckAxis {
     int64 pad;     // of the second convolution, before the image
 };
 
-// Argument of bottleneck. Mirrored, field by field, by _fused_bottleneck.py. Strides are in numbers.
+// Argument of bottleneck. Mirrored, field by field, by _fused.py. Strides are in numbers.
 struct Bottleneck {
     const void* source;              // [batch, H, W, C]
     void* target;                    // the same, perhaps the source itself; or a stack of output tiles [rows, h, w, C]
@@ -42,18 +42,13 @@ struct Bottleneck {
     int64 target_is_stack;
 };
 
-// Where a tile of the output lies. Names as in ConvTile.
-struct BottleneckSpan {
-    int first, within, size;
-
-    __device__ BottleneckSpan(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
-        within = tile * tile_size;
-        first = static_cast<int>(block) * static_cast<int>(axis.size) + within;
-        const int left = static_cast<int>(axis.size) - within, in_image = static_cast<int>(axis.extent) - first;
-        size = left < tile_size ? left : tile_size;
-        if (in_image < size) size = in_image;  // may be negative
-    }
-};
+// The part of an axis of a tile that lies in the image; its size may be negative.
+__device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
+    Span span(static_cast<int>(block) * static_cast<int>(axis.size), axis.size, tile, tile_size);
+    const int in_image = static_cast<int>(axis.extent) - span.first;
+    if (in_image < span.size) span.size = in_image;
+    return span;
+}
 
 // Rows of an implicit matrix: pieces of a pixel, then of its neighbours under the kernel.
 template <int kPiecesOfPixel, int kPositions, int kKernelW, int kSteps>
@@ -67,65 +62,35 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
-// Which tile of which block; what is loaded is not looked at yet.
-struct BottleneckTile {
-    unsigned int row, down, right;
-    unsigned int image, block_h, block_w;
-
-    // `number` is less than b.rows * b.tiles.
-    __device__ BottleneckTile(const Bottleneck& b, unsigned int number) : row(b.by_tiles(number)) {
-        const unsigned int tile = number - row * static_cast<unsigned int>(b.tiles);
-        down = b.by_tiles_w(tile);
-        right = tile - down * static_cast<unsigned int>(b.tiles_w);
-        const int* triple = b.indices + row * b.index_strides[0];
-        image = triple[0];
-        block_h = triple[b.index_strides[1]];
-        block_w = triple[2 * b.index_strides[1]];
-    }
-
-    __device__ bool exists(const Bottleneck& b) const {
-        return image < b.batch && block_h < b.height.count && block_w < b.width.count;
-    }
-};
-
 // Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
 __device__ inline void leave(const Bottleneck& b, int64 tiles) {
     if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
 }
 
-template <bool kFirst, typename First, typename Second>
-struct Choice {
-    using Type = First;
+// Where the weights of a product come from: shared memory (kNear), or each warp's own on their way.
+template <bool kNear, typename Products, int kN>
+struct WeightSource {
+    using Type = DistantWeights<Products, kN>;
 };
-template <typename First, typename Second>
-struct Choice<false, First, Second> {
-    using Type = Second;
+template <typename Products, int kN>
+struct WeightSource<true, Products, kN> {
+    using Type = NearWeights<Products, kN>;
 };
 
-// The weights of some steps of a product of kSteps: in shared memory (kNear), or each warp's own on their way.
+// The weights of some steps of a product of kSteps.
 template <typename Products, typename Layout, int kSteps, bool kNear>
 struct ProductWeights {
     static constexpr int kStride = kSteps * kWarp;  // from 8 columns to the next 8
-    using Distant = DistantWeights<Products, Layout::kN>;
-    using Near = NearWeights<Products, Layout::kN>;
 
     int begin, end;  // the warp's share of the steps
-    typename Choice<kNear, Near, Distant>::Type source;
+    typename WeightSource<kNear, Products, Layout::kN>::Type source;
 
     // Of `steps` steps from `first` on, of the columns from `packed` on.
     __device__ explicit ProductWeights(const StepWords* packed, int first = 0, int steps = kSteps,
                                        const Layout& layout = Layout())
         : begin(first + layout.begin(steps)),
           end(first + layout.end(steps)),
-          source(make(packed + layout.column / kColumns * kStride, begin, end)) {}
-
-    __device__ static auto make(const StepWords* columns, int begin, int end) {
-        if constexpr (kNear) {
-            return Near(columns, kStride);
-        } else {
-            return Distant(columns, kStride, begin, end);
-        }
-    }
+          source(packed + layout.column / kColumns * kStride, kStride, begin, end) {}
 };
 
 // Starts to copy the weights of so many columns to shared memory.
@@ -220,7 +185,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    BottleneckTile tile(b, blockIdx.x);
+    TileNumbers tile(b, blockIdx.x);
     // While the indices are on their way: what does not depend on them.
 #pragma unroll 1
     for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
@@ -234,10 +199,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         const bool is_first = number == blockIdx.x;
-        if (!is_first) tile = BottleneckTile(b, static_cast<unsigned int>(number));
-        const bool exists = tile.exists(b);  // else there are no coordinates, which might leave 32 bits
-        const BottleneckSpan y(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
-        const BottleneckSpan x(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
+        if (!is_first) tile = TileNumbers(b, static_cast<unsigned int>(number));
+        const bool exists = tile.exist(b);  // else there are no coordinates, which might leave 32 bits
+        const Span y = span_of(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
+        const Span x = span_of(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
         if (!exists || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);

@@ -229,7 +229,7 @@ struct NearWeights {
     const StepWords* packed;
     int column_stride;
 
-    __device__ NearWeights(const StepWords* columns, int stride) : packed(columns), column_stride(stride) {}
+    __device__ NearWeights(const StepWords* columns, int stride, int, int) : packed(columns), column_stride(stride) {}
 
     __device__ const StepWords* at(int step) const { return packed + step * kWarp; }
     __device__ Step take(int, int step) const { return {at(step), column_stride}; }

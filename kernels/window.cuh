@@ -22,6 +22,45 @@ struct Window {
     __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
 
+// Which tile of which block a CTA takes; what is loaded is not looked at yet. Of a kernel's argument it takes the list of
+// blocks and how they are cut.
+struct TileNumbers {
+    unsigned int row, down, right;
+    unsigned int image, block_h, block_w;
+
+    // `number` is less than a.rows * a.tiles.
+    template <typename Argument>
+    __device__ TileNumbers(const Argument& a, unsigned int number) : row(a.by_tiles(number)) {
+        const unsigned int tile = number - row * static_cast<unsigned int>(a.tiles);
+        down = a.by_tiles_w(tile);
+        right = tile - down * static_cast<unsigned int>(a.tiles_w);
+        const int* triple = a.indices + row * a.index_strides[0];
+        image = triple[0];
+        block_h = triple[a.index_strides[1]];
+        block_w = triple[2 * a.index_strides[1]];
+    }
+
+    template <typename Argument>
+    __device__ bool exist(const Argument& a) const {
+        return image < a.batch && block_h < a.height.count && block_w < a.width.count;
+    }
+};
+
+// The part of one axis of a tile, in pixels.
+struct Span {
+    int first;   // pixel of the output image; may lie outside of it
+    int within;  // the same in its block
+    int size;
+
+    // Of the block from pixel `block` on.
+    __device__ Span(int block, int64 block_size, int tile, int tile_size) {
+        within = tile * tile_size;
+        first = block + within;
+        const int left = static_cast<int>(block_size) - within;
+        size = left < tile_size ? left : tile_size;
+    }
+};
+
 // Which part [begin, end) of `size` pixels from pixel `first` on lies in [0, extent).
 __device__ inline void inside_of(int first, int size, int extent, int& begin, int& end) {
     begin = first < 0 ? -first : 0;
@@ -144,7 +183,8 @@ struct SharedWindow {
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
                 const int at = pixel(first + u);
-                numbers[u] = load<Vec<T, kPiece<T>>>(place(at < kPixels ? at : 0), 0);
+                numbers[u] = Vec<T, kPiece<T>>{};
+                if (at < kPixels) numbers[u] = load<Vec<T, kPiece<T>>>(place(at), 0);
             }
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {

@@ -1453,9 +1453,9 @@ conv-weights-of-a-chunk: conv.cu, conv_chunks
 - Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
 + Weights(weights, column_stride, begin, end);
 
-conv-batch: conv.cu, conv
-- exists(at.image < c.batch && at.block_h
-+ exists(at.block_h
+tiles-batch: window.cuh, conv
+- return image < a.batch && block_h
++ return block_h
 
 conv-count: conv.cu, conv
 - (active < c.rows ? active : c.rows) * c.tiles;
@@ -1470,7 +1470,7 @@ bottleneck-halo: bottleneck.cu, bottleneck
 + position / kKernelW * window_width
 
 bottleneck-edge: bottleneck.cu, bottleneck
-- if (in_image < size) size = in_image;
+- if (in_image < span.size) span.size = in_image;
 +
 
 bottleneck-shortcut: bottleneck.cu, bottleneck
@@ -1484,10 +1484,6 @@ bottleneck-norms: bottleneck.cu, bottleneck
 bottleneck-window: bottleneck.cu, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
 + left = x.first;
-
-bottleneck-batch: bottleneck.cu, bottleneck
-- return image < b.batch && block_h
-+ return block_h
 
 bottleneck-count: bottleneck.cu, bottleneck
 - (active < b.rows ? active : b.rows) * b.tiles;
@@ -1505,11 +1501,7 @@ bottleneck-pass: bottleneck.cu, bottleneck_plans
 - const int following = (pass + Layout3::kAllColumns) % kC
 + const int following = pass % kC
 
-bottleneck-tiles: bottleneck.cu, bottleneck_plans
-- within = tile * tile_size;
-+ within = 0;
-
-conv-tiles: conv.cu, conv_chunks
+tiles-of-a-block: window.cuh, conv_chunks
 - within = tile * tile_size;
 + within = 0;
 
