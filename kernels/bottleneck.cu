@@ -1,10 +1,12 @@
 // A residual bottleneck with pre-activation on the active blocks of images, in one launch. A CTA takes a tile of pixels
-// and keeps all that lies between the input and the output in shared memory:
+// and keeps all that it needs in shared memory:
 //
-//     window  max(x * scale1 + shift1, 0)              of the tile and its halo
-//     middle  max(conv1(window) * scale2 + shift2, 0)  of the same pixels, 0 outside of the image
-//     middle  max(conv2(middle) * scale3 + shift3, 0)  of the tile
+//     window  x                                                           of the tile and its halo
+//     middle  max(conv1(max(x * scale1 + shift1, 0)) * scale2 + shift2, 0)  of the same pixels, 0 outside of the image
+//     middle  max(conv2(middle) * scale3 + shift3, 0)                       of the tile
 //     target  x + conv3(middle)
+//
+// The window stays as it is, for the sum at the end: the first step is done on the way into the first product.
 //
 // In place, a CTA must not write what is the halo of another that has not read it. All CTAs therefore run at the same
 // time (the host launches no more than fit, as a cooperative grid), count themselves when their window is there, and
@@ -101,11 +103,12 @@ __device__ inline void start_weights(StepWords* shared, const StepWords* packed)
     for (int k = threadIdx.x; k < kPieces; k += kProductThreads) copy_async<kPieceBytes>(shared + k, packed + k, true);
 }
 
-// Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`.
-template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt>
+// Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`; `before` changes what it reads.
+template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt, typename Before = Unchanged>
 __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigned char* matrix, RowAt row_at,
                                const int* offsets, const unsigned char* zeros,
-                               ProductWeights<Products, Layout, kSteps, kNear>& weights) {
+                               ProductWeights<Products, Layout, kSteps, kNear>& weights,
+                               const Before& before = Before()) {
     const Layout layout;
     const unsigned char* rows[Layout::kM][Products::kLaneRows];
 #pragma unroll
@@ -115,7 +118,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end);
+    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end, before);
 }
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
@@ -163,8 +166,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     static_assert(Layout3::kAllRows >= kPixels && kC % Layout3::kAllColumns == 0, "the third product is whole");
     static_assert(Layout3::kDepth == 1, "the third product is not deep");
 
-    // First the pixels within reach of the second convolution, then what the window leaves room for: the window is of
-    // no use after the first product, so that parts of sums, and the tile between the last two, take its place.
+    // The tile between the last two products takes the place of what the second has read.
     extern __shared__ StepWords bottleneck_shared[];
     unsigned char* zeros = reinterpret_cast<unsigned char*>(bottleneck_shared);
     int* offsets1 = reinterpret_cast<int*>(zeros + kPieceBytes);
@@ -177,11 +179,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     StepWords* near1 = reinterpret_cast<StepWords*>(shift3 + kB);
     StepWords* near2 = near1 + (kNear1 ? kB / kColumns * kSteps1 * kWarp : 0);
     StepWords* near3 = near2 + (kNear2 ? kB / kColumns * kSteps2 * kWarp : 0);
-    unsigned char* halo_pixels =
-        reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
-    unsigned char* window_pixels = halo_pixels + kHalo * kPitchB;
-    unsigned char* tile_pixels = window_pixels + Layout2::kExchanged;
-    float* results = reinterpret_cast<float*>(tile_pixels + kPixels * kPitchB);
+    unsigned char* middle = reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
+    unsigned char* window_pixels = middle + kHalo * kPitchB;
+    unsigned char* exchanged = window_pixels + Staged::kBytes;  // parts of sums, and results on their way out
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
         {
             const Layout1 layout;
+            const ActivatedRows<T, kPiecesC, Products::kRounds> activated(scale1, shift1, b.activates != 0);
             Sums<Layout1::kM, Layout1::kN> sums;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -241,22 +242,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0],
                                                                             part * kPartSteps, kPartSteps);
                 wait_async_groups_but(kParts - part);
-                if (is_first && part == 0) __syncthreads();  // scales and shifts come from other threads
-                if (Products::kRounds || b.activates) {
-                    const int channel = part * kC / kParts + Staged::piece() * kLanes;
-                    const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, channel);
-                    Staged::part(window_pixels, part).template activate<Products::kRounds>(window, affine);
-                }
                 __syncthreads();
                 if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
                 product(
                     sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
-                    weights1);
+                    weights1, activated);
             }
-            if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
-            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
+            layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, Layout1, kHalo, kPitchB>(
-                    halo_pixels, layout, m, n, sum, scale2, shift2,
+                    middle, layout, m, n, sum, scale2, shift2,
                     [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
             });
         }
@@ -267,11 +261,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             const Layout2 layout;
             Sums<Layout2::kM, Layout2::kN> sums;
             product(
-                sums, halo_pixels,
+                sums, middle,
                 [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
                 weights2);
-            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
-                activate_sums<Products, Layout2, kPixels, kPitchB>(tile_pixels, layout, m, n, sum, scale3, shift3,
+            if (Layout2::kDepth == 1) __syncthreads();  // else there is a barrier before sums are finished
+            layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
+                activate_sums<Products, Layout2, kPixels, kPitchB>(middle, layout, m, n, sum, scale3, shift3,
                                                                    [](int) { return true; });
             });
         }
@@ -283,48 +278,43 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
                           static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
                           static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
-        const T* const residual = source + window.origin + window.offset(y.first - top, x.first - left);
         const int target_row = static_cast<int>(b.target_strides[1]);
         const int target_column = static_cast<int>(b.target_strides[2]);
         const Layout3 layout;
-        using Results = WarpRows<Layout3, kLanes>;
-        const Results rows(results);
+        using Results = WarpRows<Layout3::kN, kLanes>;
+        const Results rows(reinterpret_cast<float*>(exchanged));
+        const unsigned char* const own_pixels = window_pixels + ((y.first - top) * kHaloW + x.first - left) * Staged::kPitch;
         // Asked for early by one thread: the answer takes a while, and nearly always is yes.
         bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
-            // What is added is asked for before the product.
-            Vec<T, kLanes> numbers[Results::kTurns];
-#pragma unroll
-            for (int turn = 0; turn < Results::kTurns; ++turn) {
-                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
-                numbers[turn] = Vec<T, kLanes>{};
-                if (rows.exists(turn) && dy < y.size && dx < x.size) {
-                    const int channel = pass + layout.column + rows.column(turn);
-                    numbers[turn] = load<Vec<T, kLanes>>(residual + (window.offset(dy, dx) + channel), 0);
-                }
-            }
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
-                sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
+                sums, middle, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
             if constexpr (kC > Layout3::kAllColumns) {
                 const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
                 weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);
             }
-            rows.put(sums);
             if (b.meeting != nullptr && pass == 0) {
                 while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
                 __syncthreads();
             }
 #pragma unroll
-            for (int turn = 0; turn < Results::kTurns; ++turn) {
-                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
-                if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
-                float number[kLanes];
-                rows.get(turn, number);
+            for (int m = 0; m < Layout3::kM; ++m) {
+                rows.put(sums.at[m]);
 #pragma unroll
-                for (int i = 0; i < kLanes; ++i) number[i] += Addition<T>::begin(numbers[turn].lane[i]);
-                const int channel = pass + layout.column + rows.column(turn);
-                store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
+                for (int turn = 0; turn < Results::kTurns; ++turn) {
+                    const int pixel = layout.row + m * kRows + rows.row(turn);
+                    const int dy = pixel / kTileW, dx = pixel % kTileW;
+                    if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
+                    const int channel = pass + layout.column + rows.column(turn);
+                    const auto shortcut = load<Vec<T, kLanes>>(
+                        own_pixels + (dy * kHaloW + dx) * Staged::kPitch + channel * static_cast<int>(sizeof(T)), 0);
+                    float number[kLanes];
+                    rows.get(turn, number);
+#pragma unroll
+                    for (int i = 0; i < kLanes; ++i) number[i] += Addition<T>::begin(shortcut.lane[i]);
+                    store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
+                }
             }
         }
         if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles);

@@ -73,6 +73,17 @@ __device__ inline float relu_exact(float a) {
 #endif
 }
 
+// The larger one; NaN stays.
+__device__ inline float max_exact(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a < b ? b : a;
+#endif
+}
+
 // Two numbers rounded to halves, the first in the lower bits.
 __device__ inline unsigned int pack_halves(float first, float second, __half) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

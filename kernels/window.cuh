@@ -106,6 +106,54 @@ struct ChannelAffine {
     }
 };
 
+// A step max(x * scale + shift, 0), or without the maximum, of a matrix on its way into a product, whose rows hold
+// kPieces pieces of channels in order. What is added to the last step is zero and stays so.
+template <typename T, int kPieces, bool kRounds>
+struct ActivatedRows {
+    static constexpr int kNumbers = 4 / static_cast<int>(sizeof(T));  // in a word
+    static constexpr bool kWholeSteps = kPieces % kStepPieces == 0;
+    using Numbers = Vec<float, kNumbers>;
+
+    const float *scales, *shifts;  // in shared memory
+    float least;                   // 0, or what leaves all numbers as they are
+
+    __device__ ActivatedRows(const float* scales, const float* shifts, bool relu)
+        : scales(scales), shifts(shifts), least(relu ? 0.0f : -__int_as_float(0x7f800000)) {}
+
+    struct Words {
+        Numbers scale[kStepPieces], shift[kStepPieces];
+        float least;
+        int pieces;  // that exist
+
+        __device__ unsigned int operator()(unsigned int word, int piece) const {
+            if (!kWholeSteps && piece >= pieces) return word;
+            const auto number = *reinterpret_cast<const Vec<T, kNumbers>*>(&word);
+            float result[kNumbers];
+#pragma unroll
+            for (int i = 0; i < kNumbers; ++i) {
+                const float x = Addition<T>::begin(number.lane[i]);
+                result[i] = max_exact(fma_exact(x, scale[piece].lane[i], shift[piece].lane[i]), least);
+            }
+            const auto whole = rounded<T, kRounds>(result);
+            return *reinterpret_cast<const unsigned int*>(&whole);
+        }
+    };
+
+    __device__ Words at(int step, int word) const {
+        Words words;
+        words.least = least;
+        words.pieces = kPieces - step * kStepPieces;
+#pragma unroll
+        for (int piece = 0; piece < kStepPieces; ++piece) {
+            const int channel = (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
+            if (!kWholeSteps && piece >= words.pieces) continue;
+            words.scale[piece] = load_lanes<float, kNumbers>(scales, channel);
+            words.shift[piece] = load_lanes<float, kNumbers>(shifts, channel);
+        }
+        return words;
+    }
+};
+
 // Scales and shifts of `room` channels from `first` on, to shared memory. Null stands for ones, or zeros; so do
 // channels from `channels` on.
 __device__ inline void share_channels(float* scales, float* shifts, int room, const float* scale, const float* shift,
@@ -270,34 +318,29 @@ struct Warps {
     __device__ int column_of(int n) const { return column + n * kColumns + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
-// The sums of one warp, laid out by rows, so that a thread can take kLanes neighbouring ones of a row: memory is written
+// Sums of 16 rows of one warp, laid out so that a thread can take kLanes neighbouring ones of a row: memory is written
 // fastest in long pieces. Only the warp's own threads use its part of the shared memory.
-template <typename Layout, int kLanes>
+template <int kN, int kLanes>
 struct WarpRows {
-    static constexpr int kWidth = Layout::kN * kColumns, kHeight = Layout::kM * kRows;
+    static constexpr int kWidth = kN * kColumns;
     // Such that the stores of a warp meet no bank twice.
-    static constexpr int kPitch = kWidth + (Layout::kN % 2 == 0 ? kColumns : 0);
-    static constexpr int kBytes = kProductWarps * kHeight * kPitch * 4;  // of all warps
-    static constexpr int kPieces = kWidth / kLanes, kAll = kHeight * kPieces;
+    static constexpr int kPitch = kWidth + (kN % 2 == 0 ? kColumns : 0);
+    static constexpr int kPieces = kWidth / kLanes, kAll = kRows * kPieces;
     static constexpr int kTurns = (kAll + kWarp - 1) / kWarp;
 
     float* own;
 
-    __device__ explicit WarpRows(float* shared)
-        : own(shared + static_cast<int>(threadIdx.x) / kWarp * kHeight * kPitch) {}
+    __device__ explicit WarpRows(float* shared) : own(shared + static_cast<int>(threadIdx.x) / kWarp * kRows * kPitch) {}
 
-    __device__ void put(const Sums<Layout::kM, Layout::kN>& sums) const {
+    __device__ void put(const float (&sums)[kN][4]) const {
         const int lane = threadIdx.x % kWarp;
         __syncwarp();
 #pragma unroll
-        for (int m = 0; m < Layout::kM; ++m) {
+        for (int n = 0; n < kN; ++n) {
 #pragma unroll
-            for (int n = 0; n < Layout::kN; ++n) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    store_lanes(own, (m * kRows + r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
-                                Vec<float, 2>{{sums.at[m][n][2 * r], sums.at[m][n][2 * r + 1]}});
-                }
+            for (int r = 0; r < 2; ++r) {
+                store_lanes(own, (r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
+                            Vec<float, 2>{{sums[n][2 * r], sums[n][2 * r + 1]}});
             }
         }
         __syncwarp();

@@ -1361,6 +1361,22 @@ zeros-activated: window.cuh, layers
 - if (at >= kPixels || !window.contains(at / kWidth, at % kWidth)) continue;
 + if (at >= kPixels) continue;
 
+activated-channels: window.cuh, bottleneck
+- (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
++ piece * kPiece<T> + word * kNumbers;
+
+activated-words: window.cuh, bottleneck
+- piece) * kPiece<T> + word * kNumbers;
++ piece) * kPiece<T>;
+
+activated-beyond: window.cuh, bottleneck
+- if (!kWholeSteps && piece >= pieces) return word;
++
+
+activated-without-relu: window.cuh, bottleneck
+- least(relu ? 0.0f : -__int_as_float(0x7f800000))
++ least(0.0f)
+
 piece-of-the-window: window.cuh, conv
 - of_pixel * kPitch + piece() * kPieceBytes
 + of_pixel * kPitch
@@ -1474,12 +1490,16 @@ bottleneck-edge: bottleneck.cu, bottleneck
 +
 
 bottleneck-shortcut: bottleneck.cu, bottleneck
-- number[i] += Addition<T>::begin(numbers[turn].lane[i]);
+- number[i] += Addition<T>::begin(shortcut.lane[i]);
 + number[i] += 0.0f;
 
 bottleneck-norms: bottleneck.cu, bottleneck
-- halo_pixels, layout, m, n, sum, scale2, shift2,
-+ halo_pixels, layout, m, n, sum, scale3, shift3,
+- middle, layout, m, n, sum, scale2, shift2,
++ middle, layout, m, n, sum, scale3, shift3,
+
+bottleneck-shortcuts-place: bottleneck.cu, bottleneck
+- (y.first - top) * kHaloW + x.first - left
++ (y.first - top) * kHaloW
 
 bottleneck-window: bottleneck.cu, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
