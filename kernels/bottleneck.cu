@@ -183,6 +183,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     unsigned char* window_pixels = middle + kHalo * kPitchB;
     unsigned char* exchanged = window_pixels + Staged::kBytes;  // parts of sums, and results on their way out
 
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
+    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
+    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+    wait_for_earlier_kernels();
+
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
     TileNumbers tile(b, blockIdx.x);
@@ -192,10 +198,6 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
     }
     if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
-    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
-    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
 
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         const bool is_first = number == blockIdx.x;
@@ -270,6 +272,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                                                                    [](int) { return true; });
             });
         }
+        let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
         using Weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>;
         Weights3 weights3(kNear3 ? near3 : b.weights[2]);
         __syncthreads();

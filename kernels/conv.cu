@@ -170,6 +170,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
     const StepWords* weights =
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
 
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_offsets<Shape, Staged::kPitch>(offsets);
+    wait_for_earlier_kernels();
+
     const int64 active = *c.bin_counts;
     const int64 tiles = (active < c.rows ? active : c.rows) * c.tiles;
     TileNumbers at(c, blockIdx.x);
@@ -177,8 +181,6 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
     const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
     using Weights = DistantWeights<Products, Layout::kN>;
     Weights distant(weights, column_stride, begin, end);
-    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_offsets<Shape, Staged::kPitch>(offsets);
     share_channels(target_scale, target_shift, Layout::kAllColumns, c.target_scale, c.target_shift, first_feature,
                    features);
     if constexpr (Form::kActivates) {
@@ -233,6 +235,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
             Products::run(sums, rows, offsets, zeros, distant, begin, end);
             if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
         }
+        let_later_kernels_start();
         const bool stack = c.target_is_stack != 0;
         const Window target = tile.target(c, c.target_strides, stack);
         const Window residual = tile.target(c, c.residual_strides, false);

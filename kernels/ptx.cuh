@@ -280,6 +280,21 @@ __device__ inline float round_tf32(float a) {
 #endif
 }
 
+// A kernel that the host lets start before the ones in front of it in the stream are done: what comes before this waits
+// for nobody, and must not touch what they read or write. Every thread calls it.
+__device__ inline void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Such kernels behind this one may start, as far as there is room, once all CTAs have come here.
+__device__ inline void let_later_kernels_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // A meeting of all CTAs of a grid that run at the same time: each arrives, and may later ask whether all have. What a
 // thread has read before it arrives is then out of the way of what others write after they know.
 __device__ inline void arrive(unsigned int* arrivals) {

@@ -121,7 +121,7 @@ def convolve(
         *before.addresses,
         *after.addresses,
     )
-    _jit.launch_shared(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
+    _jit.launch_early(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -257,7 +257,7 @@ def bottleneck(
         channels.data.ptr,
         _meetings.place(call.device) if call.in_place else 0,
     )
-    _jit.launch_shared(
+    _jit.launch_early(
         ready.instance, (ready.ctas, 1, 1), (THREADS, 1, 1), ready.shared, argument, together=call.in_place
     )
 

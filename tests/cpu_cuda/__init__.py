@@ -107,7 +107,7 @@ def recording() -> Iterator[dict[Instance, None]]:
     found: dict[Instance, None] = {}
     with device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "launch", lambda instance, *_: found.setdefault(instance))
-        patch.setattr(_jit, "launch_shared", lambda instance, *_, **__: found.setdefault(instance))
+        patch.setattr(_jit, "launch_early", lambda instance, *_, **__: found.setdefault(instance))
         yield found
 
 
