@@ -188,7 +188,7 @@ def exchange_clocks(layout: WarpLayout) -> float:
 
 
 def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool, copies: float = 1) -> float:
-    """Clocks of one product of a CTA by what bounds it: arithmetic, shared memory, or the way of `copies` of weights."""
+    """Clocks of a product of a CTA by what bounds it: arithmetic, shared memory, or the way of `copies` of weights."""
     depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
     rate = (_TENSOR * 2 // itemsize) if tensor else _PLAIN
     arithmetic = layout.rows * layout.columns * depth / rate
@@ -253,8 +253,8 @@ class BottleneckPlan:
     ctas: int
 
 
-#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product. Bottlenecks of 96/24 channels on an
-#: H200 took 14.4 us in TF32 with 8, 15.4 with 6 and 15.0 with 12; 9.7 us in float16 with 8, and 10.3 with 12.
+#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product. Bottlenecks of 96/24 channels on
+#: an H200 took 14.4 us in TF32 with 8, 15.4 with 6 and 15.0 with 12; 9.7 us in float16 with 8, and 10.3 with 12.
 _PASS_SUMS = 8
 
 #: Bytes of the weights of a product up to which they are kept in shared memory, where several warps read the same. All
@@ -343,7 +343,7 @@ def weight_bytes(columns: int, steps: int) -> int:
 
 
 def weight_copies(layout: WarpLayout, columns: int, steps: int) -> float:
-    """How often a product's weights come from the L2 cache, in effect: the L1 cache catches some of what warps share."""
+    """How often a product's weights come from the L2 cache, in effect: the L1 cache catches some that warps share."""
     return 1 if weight_bytes(columns, steps) <= _NEAR_BYTES else 1 + 0.75 * (layout.warps_m - 1)
 
 
