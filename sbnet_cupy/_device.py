@@ -16,6 +16,14 @@ def transfer() -> ModuleType:
 
 
 @functools.cache
+def memory() -> ModuleType:
+    """Copies of whole arrays."""
+    from . import _memory
+
+    return _memory
+
+
+@functools.cache
 def pooling() -> ModuleType:
     """The host side of ``reduce_mask``."""
     from . import _pooling

@@ -54,7 +54,7 @@ ORDERS = (
 )
 
 #: Host code of the device.
-_HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
+_HOST_MODULES = ("_memory", "_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
 
 #: Modules that keep what the host code has prepared for calls.
 _CALLERS = ("_gather", "_scatter", "_fused_network")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, INT32, MASK_DTYPES, Array, Case, MaskCase, identical, lay_out, random_bits
+from cases import DTYPES, INT32, LAYOUTS, MASK_DTYPES, Array, Case, MaskCase, identical, lay_out, random_bits
 
 import sbnet_cupy
 from sbnet_cupy import _device, _instances, _plan, _reference
@@ -120,6 +120,22 @@ def scatter_call(case: Case, name: str, add: bool, patches: Patches = ()) -> Cal
         return [x]
 
     return Call(f"{'add' if add else 'scatter'}-{name}", run, nan_payloads=not add, patches=patches)
+
+
+def scatter_copy_call(case: Case, name: str, out_layout: str | None = None) -> Call:
+    """Scatter that leaves the image as it is: into a new one, or into memory that is given."""
+
+    def run(xp: Any) -> list[Any]:
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
+        out = None if out_layout is None else lay_out(np.zeros_like(case.x), out_layout, _close(xp))
+        with guarded(xp, (x, blocks, bin_counts, indices), out):
+            y = sbnet_cupy.sparse_scatter(
+                blocks, bin_counts, indices, x, **case.grid, transpose=case.transpose, out=out
+            )
+        order = np.argsort([-abs(s) for s in y.strides], kind="stable")
+        return [y, xp.asarray(order)]
+
+    return Call(f"scatter-copy-{name}", run)
 
 
 def activate_call(case: Case, name: str, source: str | None = None, image: bool = False, patches: Patches = ()) -> Call:
@@ -517,6 +533,17 @@ def activate_calls() -> list[Call]:
         case = random_case(4, np.dtype(np.float16), 8, transpose=transpose)
         calls.append(affine_gather_call(case, "transposed" if transpose else "direct"))
     return calls
+
+
+def copy_calls() -> list[Call]:
+    """Copies of images in every layout: of the same form as the copy, or of another; and of nothing."""
+    calls = []
+    for seed, layout in enumerate(LAYOUTS):
+        case = random_case(seed, FLOAT32, 4, layouts=(layout, "nhwc"))
+        for out_layout in (None, *LAYOUTS):
+            calls.append(scatter_copy_call(case, f"{layout}-to-{out_layout or 'new'}", out_layout))
+    case = random_case(7, FLOAT32, 4, size=(0, 5))
+    return calls + [scatter_copy_call(case, f"nothing-{out_layout}", out_layout) for out_layout in (None, "nhwc")]
 
 
 def _host(**numbers: int) -> Patches:
