@@ -77,11 +77,20 @@ class Call:
                 found = self.run(xp)
             except KernelFault as fault:
                 raise KernelFault(f"{self.name}: {fault}") from None
+            if any(slab.owner.bytes().any() for slab in counters()):
+                raise Difference(f"{self.name}: a counter is not left at zero")
         for number, (ours, theirs) in enumerate(zip(found, expected)):
             with np.errstate(invalid="ignore"):
                 agree = identical(ours, theirs, nan_payloads=self.nan_payloads)
             if not agree:
                 raise Difference(f"{self.name}: result {number}:\n{_first_difference(ours.get(), theirs)}")
+
+
+def counters() -> list[Any]:
+    """Memory of the counters that kernels find at zero and leave so."""
+    from sbnet_cupy import _meetings  # needs CuPy, or its stand-in
+
+    return _meetings.meetings.slabs
 
 
 def _first_difference(found: Array, expected: Array) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import compiler
-from .compiler import CompileError, RawModule
+from .compiler import CompileError, KernelFault, RawModule
 from .memory import Memory
 
 __all__ = ["RawModule", "asarray", "cuda", "empty", "lib", "ndarray"]
@@ -67,9 +67,12 @@ class ndarray:
         strides: tuple[int, ...] | None = None,
     ) -> None:
         memptr = memptr or empty(shape, dtype).data
-        memory = memptr.owner
-        bytes_ = memory.bytes()[memptr.ptr - memory.address :][: math.prod(shape) * np.dtype(dtype).itemsize]
-        self.host: np.ndarray[Any, Any] = np.ndarray(shape, dtype, bytes_, 0, strides)
+        memory, size = memptr.owner, math.prod(shape) * np.dtype(dtype).itemsize
+        bytes_ = memory.bytes()[memptr.ptr - memory.address :][:size]
+        if len(bytes_) < size:  # of a number of rows that a kernel has told
+            raise KernelFault(f"an array of shape {shape} exceeds its memory of {memory.size} bytes")
+        self.host: np.ndarray[Any, Any] = bytes_.view(dtype)
+        self.host = self.host.reshape(shape) if strides is None else np.ndarray(shape, dtype, bytes_, 0, strides)
 
     @classmethod
     def of(cls, host: np.ndarray[Any, Any]) -> ndarray:
