@@ -97,8 +97,9 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows on a
-    grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows, or 512
+    where blocks overlap, need no map, unless the blocks are so small that several share a CTA, or overlap and are
+    turned on the way between an image that is contiguous along channels and a stack along pixels, or the reverse.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
     xp = array_namespace({**inputs, "x": x}, out)

@@ -387,7 +387,8 @@ def _count_in_64_bits(*arguments: Any) -> _plan.TransferPlan:
 
 #: One CTA for all columns or tiles of a row, so that its threads take several.
 FEW_CTAS: Patches = (("sbnet_cupy._plan._ENOUGH_CTAS", 1), ("sbnet_cupy._plan._MOST_CTAS", 1))
-BY_MAP: Patches = (("sbnet_cupy._transfer.LISTED_ROWS", 0),)
+BY_MAP: Patches = (("sbnet_cupy._transfer.LISTED_ROWS", 0), ("sbnet_cupy._transfer.LISTED_OVERLAPS", 0))
+BY_LIST: Patches = (("sbnet_cupy._plan.LISTED_ROWS", 1024),)
 WIDE: Patches = (("sbnet_cupy._transfer.plan_transfer", _count_in_64_bits),)
 
 
@@ -417,8 +418,9 @@ def overlap_calls(add: bool, transpose: bool, bsize: tuple[int, int] = (4, 7)) -
                 bstride=bstride,
                 rows_are=rows_are,
             )
-            how = "tiled" if transpose else "direct"
-            calls.append(scatter_call(case, f"{name}-{rows_are}-{how}", add=add))
+            how = f"{name}-{rows_are}-{'tiled' if transpose else 'direct'}"
+            calls.append(scatter_call(case, f"{how}-mapped", add=add, patches=BY_MAP))
+            calls.append(scatter_call(case, f"{how}-listed", add=add, patches=BY_LIST))
     return calls
 
 
@@ -482,7 +484,15 @@ def twin_cases(order: str) -> dict[str, tuple[Case, Patches]]:
         "twins-by-long-list-apart": (make(3, channels=44, rows=300, **apart), ()),
         "many-twins-apart": (make(9, bstride=(2, 2), **small), ()),
         "many-twins-overlapping": (make(9, bstride=(1, 2), **small), ()),
+        "long-list-overlapping": (make(3, channels=5, rows=512, bsize=(4, 7), bstride=(3, 4), size=(33, 70)), ()),
     }
+
+
+def with_lookups(name: str, patches: Patches) -> dict[str, Patches]:
+    """How a large case of blocks that overlap finds other rows: by the map and, where the list is short, without."""
+    if not name.endswith("overlapping"):
+        return {name: patches}
+    return {f"{name}-mapped": (*patches, *BY_MAP), f"{name}-listed": (*patches, *BY_LIST)}
 
 
 def large_calls() -> list[Call]:
@@ -490,7 +500,8 @@ def large_calls() -> list[Call]:
     calls = []
     for order in _ORDERS:
         for name, (case, patches) in {**large_cases(order), **twin_cases(order)}.items():
-            calls += transfer_calls(case, f"{name}-{order}", patches)
+            for way, changes in with_lookups(name, patches).items():
+                calls += transfer_calls(case, f"{way}-{order}", changes)
     for name, (case, patches) in large_cases("tiled", np.dtype(np.float16)).items():
         calls.append(gather_call(case, f"{name}-tiled-half", patches))
     for transpose in (False, True):
