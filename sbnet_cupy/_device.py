@@ -6,6 +6,8 @@ import functools
 import importlib
 from types import ModuleType
 
+import numpy as np
+
 
 @functools.cache
 def transfer() -> ModuleType:
@@ -16,11 +18,9 @@ def transfer() -> ModuleType:
 
 
 @functools.cache
-def memory() -> ModuleType:
-    """Copies of whole arrays."""
-    from . import _memory
-
-    return _memory
+def memory(xp: ModuleType) -> ModuleType:
+    """New arrays and copies of whole ones, of CuPy; or of NumPy, in a module that does not need CuPy."""
+    return importlib.import_module(f"{__package__}.{'_host_memory' if xp is np else '_memory'}")
 
 
 @functools.cache

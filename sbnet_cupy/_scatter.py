@@ -107,12 +107,11 @@ def sparse_scatter(
     looks, base, device = tuple(map(look_at, inputs.values())), look_at(x), current_device(xp)
     call = _prepare(*looks, base, grid, *flags, device)
     if out is None:
-        out = x.copy(order="K") if xp is np else _device.memory().copy_of(x)
+        out = _device.memory(xp).copy_of(x)
     else:
         reach = _check_out(look_at(out), base, device)
         check_separate("out", out, reach, {**inputs, "x": x}, (*call.input_reaches, call.reach))
-        copyto = np.copyto if xp is np else _device.memory().copyto
-        copyto(out, x)
+        _device.memory(xp).copyto(out, x)
     given = look_at(out)
     if given != base:
         call = _prepare(*looks, given, grid, *flags, device)
