@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._geometry import parse_grid
-from ._arrays import channels_last
+from ._arrays import as_array, channels_last
 
 #: Of the schemas: the active blocks, and the grid that they belong to.
 ROWS_SCHEMA = "Tensor bin_counts, Tensor active_block_indices"
 GRID_SCHEMA = "int[] bsize, int[] boffset, int[] bstride"
+
+
+class Blocks(NamedTuple):
+    """Active blocks: rows of indices, and the grid that they belong to, in the order of the schemas."""
+
+    bin_counts: Tensor
+    active_block_indices: Tensor
+    bsize: Sequence[int]
+    boffset: Sequence[int]
+    bstride: Sequence[int]
+
+    @property
+    def rows(self) -> tuple[Any, Any]:
+        """Count and indices, as the library takes them."""
+        return as_array(self.bin_counts), as_array(self.active_block_indices)
+
+    @property
+    def grid(self) -> dict[str, Sequence[int]]:
+        """Where blocks lie, as the library takes it."""
+        return {"bsize": self.bsize, "boffset": self.boffset, "bstride": self.bstride}
+
+    def new_stack(self, x: Tensor) -> Tensor:
+        """Memory for the blocks of `x`."""
+        shape = (self.active_block_indices.shape[0], x.shape[1], *self.bsize)
+        return new_images(x, shape, channels_last(x))
 
 
 def parse_blocks(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence[int]) -> tuple[list[int], ...]:
@@ -38,11 +64,6 @@ def is_autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
     kind = x.device.type
     return kind in ("cpu", "cuda") and bool(torch.is_autocast_enabled(kind))
-
-
-def new_stack(x: Tensor, indices: Tensor, bsize: Sequence[int]) -> Tensor:
-    """Memory for the blocks of `x`."""
-    return new_images(x, (indices.shape[0], x.shape[1], *bsize), channels_last(x))
 
 
 def new_images(like: Tensor, shape: Sequence[int], is_last: bool) -> Tensor:

@@ -88,8 +88,8 @@ class _NormReLU(torch.autograd.Function):
         var = torch.linalg.vector_norm(torch.where(own, centred, 0), dim=_PIXELS).square() / some
         factor = torch.rsqrt(var + eps)
         y = torch.addcmul(_by_channel(bias.to(wide)), centred, _by_channel(weight * factor))
-        # ReLU, and 0 outside of the image. PyTorch 2.11, compiled, would lose the gradient of what was changed in place,
-        # or passed on by a conversion that does nothing.
+        # ReLU, and 0 outside of the image. PyTorch 2.11, compiled, would lose the gradient of what was changed in
+        # place, or passed on by a conversion that does nothing.
         y = y.clamp(torch.zeros_like(count), ceiling)
         if stack.dtype != wide:
             y = y.to(stack.dtype)
