@@ -21,6 +21,7 @@ from sbnet_cupy.torch import (  # noqa: E402
     SparseConv2d,
     _bottleneck,
     _conv,
+    _packing,
     sparse_gather,
 )
 from sbnet_cupy.torch._grid import Margin  # noqa: E402
@@ -286,6 +287,7 @@ class TestBottleneck:
         check()
         kept = sparse.folded()
         assert sparse.folded() is kept
+        assert all(tensor.device.type == device for tensor in kept.weights)
         with torch.no_grad():
             sparse.conv2.weight.mul_(2)
         check()
@@ -298,7 +300,7 @@ class TestBottleneck:
         sparse.bn2.weight.data.mul_(3)  # which nobody sees
         sparse.eval()
         check()
-        assert sparse.double().folded()[3].dtype == torch.float64
+        assert sparse.double().folded().weights[3].dtype == torch.float64
 
     @on_devices
     def test_compiled(self, device: str) -> None:
@@ -384,10 +386,14 @@ def test_opcheck(device: str, layout: str) -> None:
     conv = random_state(SparseConv2d(4, 6, 3)).to(device)
     with torch.no_grad():
         for bias, base in ((conv.bias, None), (None, random_tensor(2, 6, 21, 30, device=device))):
-            check(_conv.conv2d_op, (x, *conv.fold(), bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
+            for folded in (conv.train().folded(), conv.eval().folded()):  # which packs, on a device
+                (weight,), words, tf32 = folded
+                check(_conv.conv2d_op, (x, weight, words, tf32, bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
         for out in (None, 6):
             block = random_state(SparseBottleneck(4, 3, out)).to(device)
-            check(_bottleneck.bottleneck_op, (x, block.fold(), counts, indices, [8, 8]))
+            for folded in (block.train().folded(), block.eval().folded()):
+                check(_bottleneck.bottleneck_op, (x, *folded, counts, indices, [8, 8]))
+            check(_packing.pack_weight_op, (folded.weights[0], False))
 
 
 @on_devices

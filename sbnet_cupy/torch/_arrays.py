@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,31 @@ def _cupy_array(tensor: torch.Tensor, dtype: np.dtype[Any], device: int) -> Any:
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor, device)
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
     return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+class Place(NamedTuple):
+    """Where a CUDA tensor lies, and in which form: all that makes an array of CuPy, but for the memory's owner."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Place:
+        """That of a tensor."""
+        return cls(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device.index)
+
+    def array(self) -> Any:
+        """The CuPy array there. It keeps nothing alive: who uses it holds the tensor."""
+        import cupy
+
+        dtype = _numpy_dtype(self.dtype)
+        size = dtype.itemsize * (1 + sum(s * (n - 1) for s, n in zip(self.strides, self.shape)))
+        memory = cupy.cuda.UnownedMemory(self.address, size, None, self.device)
+        strides = tuple(stride * dtype.itemsize for stride in self.strides)
+        return cupy.ndarray(tuple(self.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
 def as_image(tensor: torch.Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
         return as_array(self.bin_counts), as_array(self.active_block_indices)
 
     @property
-    def grid(self) -> dict[str, Sequence[int]]:
+    def grid(self) -> dict[str, Any]:
         """Where blocks lie, as the library takes it."""
         return {"bsize": self.bsize, "boffset": self.boffset, "bstride": self.bstride}
 
@@ -55,15 +55,27 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives an input of a convolution."""
-    if is_autocasting(x) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = autocasting_to(x.device)
+    return x.dtype if dtype is None or not x.is_floating_point() or x.dtype == torch.float64 else dtype
 
 
-def is_autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    kind = x.device.type
-    return kind in ("cpu", "cuda") and bool(torch.is_autocast_enabled(kind))
+def autocasting_to(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device, or None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
+def allow_tf32() -> bool:
+    """Whether PyTorch lets convolutions round float32 to TF32."""
+    settings = getattr(torch.backends.cudnn, "conv", None)  # since PyTorch 2.9
+    if settings is None:
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(settings.fp32_precision == "tf32")
+
+
+def takes_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd follows what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def new_images(like: Tensor, shape: Sequence[int], is_last: bool) -> Tensor:

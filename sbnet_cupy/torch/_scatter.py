@@ -14,7 +14,7 @@ from .._geometry import parse_grid
 from .._grad import Rows
 from ._arrays import as_image, at, namespace
 from ._check import check_blocks, check_devices, check_image, check_rows, check_tensors
-from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, is_autocasting, parse_blocks
+from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, autocasting_to, parse_blocks
 from ._gather import gather_op
 from ._operator import operator
 
@@ -94,9 +94,10 @@ class _Arguments(NamedTuple):
 
     def write_to(self, y: Tensor) -> None:
         """Write the blocks over `y` or add them to it, in its memory."""
-        blocks, how = self.blocks, {"add": self.add, "atomic": self.atomic}
+        blocks = self.blocks
+        options = {**blocks.grid, "add": self.add, "atomic": self.atomic}
         with at(y.device):
-            sbnet_cupy.sparse_scatter_var(as_image(self.stack), *blocks.rows, as_image(y), **blocks.grid, **how)
+            sbnet_cupy.sparse_scatter_var(as_image(self.stack), *blocks.rows, as_image(y), **options)
 
 
 @operator(f"scatter(Tensor blocks, {ROWS_SCHEMA}, Tensor x, {GRID_SCHEMA}, bool add, bool atomic) -> Tensor")
@@ -220,7 +221,7 @@ def sparse_scatter_(
     :func:`sparse_scatter` copied over `x`. Under autocast, `blocks` are converted to the dtype of `x`.
     """
     check_tensors(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
-    if is_autocasting(x) and blocks.is_floating_point() and x.is_floating_point():
+    if autocasting_to(x.device) and blocks.is_floating_point() and x.is_floating_point():
         blocks = blocks.to(x.dtype)
     rows, grid = (bin_counts, active_block_indices), parse_blocks(bsize, boffset, bstride)
     if not (torch.is_grad_enabled() and (blocks.requires_grad or x.requires_grad)):
