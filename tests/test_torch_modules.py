@@ -89,7 +89,11 @@ class TestGrid:
         grid = make_grid(device, capacity=capacity)
         for margin in (Margin(0, 0, 0, 0), Margin(1, 2, 0, 3)):
             ones = torch.ones(2, 1, 21, 30, device=device)
-            assert torch.equal(grid.inside(margin), grid.gather(ones, margin) == 1)
+            expected = grid.gather(ones, margin) == 1
+            assert torch.equal(grid.inside(margin), expected)
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda grid, margin=margin: grid.inside(margin), backend="eager", fullgraph=True)
+            assert torch.equal(compiled(grid), expected)
 
     @on_devices
     def test_gather_and_scatter(self, device: str) -> None:
@@ -99,6 +103,10 @@ class TestGrid:
         assert torch.equal(stack, sparse_gather(x, *rows, bsize=(11, 11), boffset=(-1, 0), bstride=(8, 8)))
         assert torch.equal(grid.scatter(grid.gather(x), x * 2), torch.where(grid.pixels(), x, 2 * x))
         assert torch.equal(grid.onto_zeros(grid.gather(x)), torch.where(grid.pixels(), x, 0))
+        tiles = grid.gather(x).double().requires_grad_()
+        weights = random_tensor(2, 3, 21, 30, seed=1, dtype=torch.float64, device=device)
+        (grid.onto_zeros(tiles) * weights).sum().backward()
+        assert torch.equal(tiles.grad, grid.gather(weights))
 
     def test_errors(self) -> None:
         grid = make_grid("cpu")

@@ -12,9 +12,9 @@ import sbnet_cupy
 
 from .._geometry import parse_grid
 from .._grad import Rows
-from ._arrays import as_image, at, namespace
+from ._arrays import as_image, at, channels_last, namespace
 from ._check import check_blocks, check_devices, check_image, check_rows, check_tensors
-from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, autocasting_to, parse_blocks
+from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, autocasting_to, new_images, parse_blocks
 from ._gather import gather_op
 from ._operator import operator
 
@@ -178,6 +178,38 @@ def _(grad_y: Any, *rows_and_grid: Any) -> Any:
 
 def _rows(like: Tensor, blocks: Blocks) -> Rows:
     return Rows(namespace(like.device), *blocks.rows, parse_grid(**blocks.grid))
+
+
+@operator(f"onto_zeros(Tensor blocks, {ROWS_SCHEMA}, SymInt[] size, {GRID_SCHEMA}) -> Tensor")
+def onto_zeros_op(stack: Any, bin_counts: Any, indices: Any, size: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
+    """Images of (N, height, width) `size`, in the memory format of `stack`: its blocks, and 0 elsewhere."""
+    zeros = _new_result(stack, size).zero_()
+    given = _Arguments(stack, bin_counts, indices, zeros, bsize, boffset, bstride, add=False, atomic=False)
+    given.check()
+    given.write_to(zeros)
+    return zeros
+
+
+@torch.library.register_fake(onto_zeros_op)
+def _(stack: Any, bin_counts: Any, indices: Any, size: Any, *grid: Any) -> Any:
+    return _new_result(stack, size)
+
+
+def _new_result(stack: Tensor, size: Sequence[int]) -> Tensor:
+    check_image("blocks", stack)
+    return new_images(stack, (size[0], stack.shape[1], *size[1:]), channels_last(stack))
+
+
+def _setup_onto_zeros(ctx: Any, inputs: Any, output: Any) -> None:
+    _, bin_counts, active_block_indices, _, *ctx.grid = inputs
+    ctx.save_for_backward(bin_counts, active_block_indices)
+
+
+def _backward_onto_zeros(ctx: Any, grad: Any) -> Any:
+    return scatter_grad_blocks_op(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None, None
+
+
+torch.library.register_autograd(onto_zeros_op, _backward_onto_zeros, setup_context=_setup_onto_zeros)
 
 
 def sparse_scatter_(
