@@ -237,6 +237,36 @@ class TestBottleneck:
             torch.testing.assert_close(sparse(x), expected)
 
     @on_devices
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_in_place(self, device: str, layout: str) -> None:
+        plain, grid = random_state(SparseBottleneck(4, 3)).to(device).eval(), make_grid(device, capacity=30)
+        sparse = SparseBottleneck(4, 3, inplace=True, device=device).eval()
+        sparse.load_state_dict(plain.state_dict())
+        x = lay_out(random_tensor(2, 4, 21, 30, device=device), layout)
+        with torch.no_grad():
+            expected, changing = plain(x, grid), lay_out(x, layout).clone()
+            version = changing._version
+            assert sparse(changing, grid) is changing
+            assert changing._version > version
+            torch.testing.assert_close(changing, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(torch.where(grid.pixels(), 0, changing), torch.where(grid.pixels(), 0, x))
+        with torch.inference_mode():
+            changing = x.clone()
+            assert sparse(changing, grid) is changing
+        # Where something else is to be left of the images, it does not happen.
+        before = x.clone()
+        sparse(x, grid).sum().backward()
+        assert sparse.train()(x, grid) is not x
+        widening = SparseBottleneck(4, 3, 6, inplace=True, device=device).eval()
+        with torch.no_grad():
+            widening(x, grid)
+            sparse.load_state_dict(plain.state_dict())  # training moved the statistics
+            torch._dynamo.reset()
+            compiled = torch.compile(sparse.eval(), fullgraph=True, backend="aot_eager")(x, grid)
+            torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(x, before)
+
+    @on_devices
     def test_training_on_all_tiles_is_that_of_the_dense_one(self, device: str) -> None:
         """Statistics, outputs and gradients; the edges of images that tiles hang over included."""
         grid = SparseBlockGrid.from_mask(torch.ones(2, 21, 30, device=device), 8, capacity=30)
@@ -401,6 +431,8 @@ def test_opcheck(device: str, layout: str) -> None:
             block = random_state(SparseBottleneck(4, 3, out)).to(device)
             for folded in (block.train().folded(), block.eval().folded()):
                 check(_bottleneck.bottleneck_op, (x, *folded, counts, indices, [8, 8]))
+                if out is None:
+                    check(_bottleneck.bottleneck_in_place_op, (x.clone(), *folded, counts, indices, [8, 8]))
             check(_packing.pack_weight_op, (folded.weights[0], False))
 
 

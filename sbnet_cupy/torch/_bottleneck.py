@@ -40,6 +40,9 @@ class SparseBottleneck(FoldsInEval):
         Of the second convolution: odd. The others are 1x1.
     eps, momentum : float
         Of the batch norms.
+    inplace : bool
+        Whether images may be overwritten with the result where the shortcut is the identity and no gradients are asked
+        for: that touches the active tiles only, and saves a copy of the images. For all but the first of a chain.
     device, dtype
         Of the parameters.
 
@@ -71,10 +74,12 @@ class SparseBottleneck(FoldsInEval):
         kernel_size: int = 3,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        inplace: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.inplace = inplace
         out_channels = in_channels if out_channels is None else out_channels
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
@@ -109,14 +114,18 @@ class SparseBottleneck(FoldsInEval):
         Returns
         -------
         Tensor, shape (N, K, H, W)
-            A new tensor.
+            A new tensor, or `x` with ``inplace=True``.
         """
         if grid is None:
             return self._dense(x)
         grid.check("x", x)
         if self.training or autocast_dtype(x) != x.dtype or self._trains(x):
             return self._composed(x, grid)
-        return bottleneck_op(x, *self.folded(), *grid.rows[::-1], list(grid.tile))
+        arguments = (x, *self.folded(), *grid.rows[::-1], list(grid.tile))
+        if self.inplace and self.shortcut is None and not torch.compiler.is_compiling():
+            bottleneck_in_place_op(*arguments)
+            return x
+        return bottleneck_op(*arguments)
 
     def _trains(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and takes_gradients((x, *self.parameters()))
@@ -141,28 +150,52 @@ class SparseBottleneck(FoldsInEval):
             return grid.scatter(y.to(base.dtype), base, add=True)
 
 
-@operator(f"bottleneck(Tensor x, Tensor[] weights, {PACKED_SCHEMA}, {ROWS_SCHEMA}, int[] tile) -> Tensor")
-def bottleneck_op(
-    x: Any, weights: Any, words: Any, tf32: Any, bin_counts: Any, active_block_indices: Any, tile: Any
-) -> Any:
+_ARGUMENTS = f"Tensor[] weights, {PACKED_SCHEMA}, {ROWS_SCHEMA}, int[] tile"
+
+
+@operator(f"bottleneck(Tensor x, {_ARGUMENTS}) -> Tensor")
+def bottleneck_op(x: Any, weights: Any, *others: Any) -> Any:
     check_image("x", x)
+    if _keeps_channels(weights):
+        # With an identity for a shortcut, the library works in place.
+        y = x.detach().clone()
+        _run(y, y, weights, *others)
+    else:
+        y = _new_result(x, weights)
+        _run(x, y, weights, *others)
+    return y
+
+
+@operator(f"bottleneck_(Tensor(a!) x, {_ARGUMENTS}) -> ()")
+def bottleneck_in_place_op(x: Any, *others: Any) -> None:
+    check_image("x", x)
+    _run(x, x, *others)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def _run(
+    x: Tensor, y: Tensor, weights: Any, words: Any, tf32: Any, bin_counts: Any, active_block_indices: Any, tile: Any
+) -> None:
+    """Put the result into `y`, which may be `x`."""
     check_rows(x, bin_counts, active_block_indices)
-    # With an identity for a shortcut, the library works in place.
-    in_place = _keeps_channels(weights)
-    y = x.detach().clone() if in_place else _new_result(x, weights)
-    image, out = as_image(x), as_image(y)
+    out = as_image(y)
+    image = out if y is x else as_image(x)
     params = tile_params(image.shape, tuple(tile), tuple(tuple(w.shape[:2]) for w in weights[:3]), ("SAME",) * 3)
     with at(x.device):
         folded, tf32 = bottleneck_weights(weights, words, tf32)
         indices = sbnet_cupy.BlockIndices(as_array(active_block_indices), as_array(bin_counts))
-        source = out if in_place else image
-        sbnet_cupy.sparse_res_block_bottleneck(source, folded, indices, params, out=out, allow_tf32=tf32)
-    return y
+        sbnet_cupy.sparse_res_block_bottleneck(image, folded, indices, params, out=out, allow_tf32=tf32)
 
 
 @torch.library.register_fake(bottleneck_op)
 def _(x: Any, weights: Any, *_: Any) -> Any:
     return torch.empty_like(x) if _keeps_channels(weights) else _new_result(x, weights)
+
+
+@torch.library.register_fake(bottleneck_in_place_op)
+def _(x: Any, *_: Any) -> None:
+    check_image("x", x)
 
 
 def _keeps_channels(weights: list[Tensor]) -> bool:
