@@ -21,6 +21,7 @@ from sbnet_cupy.torch import (  # noqa: E402
     SparseConv2d,
     _bottleneck,
     _conv,
+    _packing,
     sparse_gather,
 )
 from sbnet_cupy.torch._grid import Margin  # noqa: E402
@@ -88,7 +89,11 @@ class TestGrid:
         grid = make_grid(device, capacity=capacity)
         for margin in (Margin(0, 0, 0, 0), Margin(1, 2, 0, 3)):
             ones = torch.ones(2, 1, 21, 30, device=device)
-            assert torch.equal(grid.inside(margin), grid.gather(ones, margin) == 1)
+            expected = grid.gather(ones, margin) == 1
+            assert torch.equal(grid.inside(margin), expected)
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda grid, margin=margin: grid.inside(margin), backend="eager", fullgraph=True)
+            assert torch.equal(compiled(grid), expected)
 
     @on_devices
     def test_gather_and_scatter(self, device: str) -> None:
@@ -98,6 +103,10 @@ class TestGrid:
         assert torch.equal(stack, sparse_gather(x, *rows, bsize=(11, 11), boffset=(-1, 0), bstride=(8, 8)))
         assert torch.equal(grid.scatter(grid.gather(x), x * 2), torch.where(grid.pixels(), x, 2 * x))
         assert torch.equal(grid.onto_zeros(grid.gather(x)), torch.where(grid.pixels(), x, 0))
+        tiles = grid.gather(x).double().requires_grad_()
+        weights = random_tensor(2, 3, 21, 30, seed=1, dtype=torch.float64, device=device)
+        (grid.onto_zeros(tiles) * weights).sum().backward()
+        assert torch.equal(tiles.grad, grid.gather(weights))
 
     def test_errors(self) -> None:
         grid = make_grid("cpu")
@@ -228,6 +237,36 @@ class TestBottleneck:
             torch.testing.assert_close(sparse(x), expected)
 
     @on_devices
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_in_place(self, device: str, layout: str) -> None:
+        plain, grid = random_state(SparseBottleneck(4, 3)).to(device).eval(), make_grid(device, capacity=30)
+        sparse = SparseBottleneck(4, 3, inplace=True, device=device).eval()
+        sparse.load_state_dict(plain.state_dict())
+        x = lay_out(random_tensor(2, 4, 21, 30, device=device), layout)
+        with torch.no_grad():
+            expected, changing = plain(x, grid), lay_out(x, layout).clone()
+            version = changing._version
+            assert sparse(changing, grid) is changing
+            assert changing._version > version
+            torch.testing.assert_close(changing, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(torch.where(grid.pixels(), 0, changing), torch.where(grid.pixels(), 0, x))
+        with torch.inference_mode():
+            changing = x.clone()
+            assert sparse(changing, grid) is changing
+        # Where something else is to be left of the images, it does not happen.
+        before = x.clone()
+        sparse(x, grid).sum().backward()
+        assert sparse.train()(x, grid) is not x
+        widening = SparseBottleneck(4, 3, 6, inplace=True, device=device).eval()
+        with torch.no_grad():
+            widening(x, grid)
+            sparse.load_state_dict(plain.state_dict())  # training moved the statistics
+            torch._dynamo.reset()
+            compiled = torch.compile(sparse.eval(), fullgraph=True, backend="aot_eager")(x, grid)
+            torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(x, before)
+
+    @on_devices
     def test_training_on_all_tiles_is_that_of_the_dense_one(self, device: str) -> None:
         """Statistics, outputs and gradients; the edges of images that tiles hang over included."""
         grid = SparseBlockGrid.from_mask(torch.ones(2, 21, 30, device=device), 8, capacity=30)
@@ -286,6 +325,7 @@ class TestBottleneck:
         check()
         kept = sparse.folded()
         assert sparse.folded() is kept
+        assert all(tensor.device.type == device for tensor in kept.weights)
         with torch.no_grad():
             sparse.conv2.weight.mul_(2)
         check()
@@ -298,7 +338,7 @@ class TestBottleneck:
         sparse.bn2.weight.data.mul_(3)  # which nobody sees
         sparse.eval()
         check()
-        assert sparse.double().folded()[3].dtype == torch.float64
+        assert sparse.double().folded().weights[3].dtype == torch.float64
 
     @on_devices
     def test_compiled(self, device: str) -> None:
@@ -384,10 +424,16 @@ def test_opcheck(device: str, layout: str) -> None:
     conv = random_state(SparseConv2d(4, 6, 3)).to(device)
     with torch.no_grad():
         for bias, base in ((conv.bias, None), (None, random_tensor(2, 6, 21, 30, device=device))):
-            check(_conv.conv2d_op, (x, *conv.fold(), bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
+            for folded in (conv.train().folded(), conv.eval().folded()):  # which packs, on a device
+                (weight,), words, tf32 = folded
+                check(_conv.conv2d_op, (x, weight, words, tf32, bias, base, counts, indices, [8, 8], [1, 1, 1, 1]))
         for out in (None, 6):
             block = random_state(SparseBottleneck(4, 3, out)).to(device)
-            check(_bottleneck.bottleneck_op, (x, block.fold(), counts, indices, [8, 8]))
+            for folded in (block.train().folded(), block.eval().folded()):
+                check(_bottleneck.bottleneck_op, (x, *folded, counts, indices, [8, 8]))
+                if out is None:
+                    check(_bottleneck.bottleneck_in_place_op, (x.clone(), *folded, counts, indices, [8, 8]))
+            check(_packing.pack_weight_op, (folded.weights[0], False))
 
 
 @on_devices

@@ -196,6 +196,7 @@ def test_opcheck(device: str, layout: str) -> None:
     for add in (False, True):
         check(_scatter.scatter_op, (blocks, *rows, x, *grid, add, add))
         check(_scatter.scatter_in_place_op, (blocks.detach(), *rows, x.detach().clone(), *grid, add, add))
+    check(_scatter.onto_zeros_op, (blocks, *rows, [2, 5, 6], *grid))
     check(_gather.gather_grad_op, (blocks.detach(), *rows, list(x.shape), *grid, layout == "channels_last"))
     for op in (_scatter.scatter_grad_blocks_op, _scatter.scatter_grad_x_op):
         check(op, (x.detach(), *rows, *grid))
@@ -311,7 +312,8 @@ def test_what_cupy_is_told(layout: str, dtype: Any) -> None:
     pytest.importorskip("cupy")
     x = lay_out(random_tensor(2, 5, 21, 30, dtype=dtype), layout)
     for tensor in (x, x[:0], x[:, 2:, 1:, ::3]):
-        array, same_on_host = _arrays._cupy_array(tensor, as_array(tensor).dtype, 3), as_array(tensor)
+        array = _arrays._cupy_array(tensor, tensor.shape, tensor.stride(), 3)
+        same_on_host = as_array(tensor)
         assert array.shape == same_on_host.shape
         assert array.strides == same_on_host.strides or array.size == 0
         assert array.dtype == same_on_host.dtype

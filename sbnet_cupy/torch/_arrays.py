@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,26 +57,69 @@ def namespace(device: torch.device) -> ModuleType:
 
 def as_array(tensor: torch.Tensor) -> Any:
     """The NumPy or CuPy array in the memory of a tensor: nothing is copied, and nothing waited for."""
-    xp, dtype = namespace(tensor.device), _numpy_dtype(tensor.dtype)
-    if xp is np:
-        tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        dtype, tensor = _numpy_dtype(tensor.dtype), tensor.detach()
         # NumPy takes no bfloat16 from PyTorch.
         return tensor.view(torch.int16).numpy().view(dtype) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    return _cupy_array(tensor, dtype, tensor.device.index)
-
-
-def _cupy_array(tensor: torch.Tensor, dtype: np.dtype[Any], device: int) -> Any:
-    """The CuPy array in the memory of a tensor, which it keeps alive: without the events of DLPack on two streams."""
-    import cupy
-
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor, device)
-    strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
-    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+    namespace(tensor.device)
+    return _cupy_array(tensor, tensor.shape, tensor.stride(), tensor.device.index)
 
 
 def as_image(tensor: torch.Tensor) -> Any:
     """A tensor ``[N, C, H, W]`` as the array ``[N, H, W, C]`` in its memory."""
-    return as_array(tensor).transpose(0, 2, 3, 1)
+    if tensor.device.type == "cpu":
+        return as_array(tensor).transpose(0, 2, 3, 1)
+    namespace(tensor.device)
+    (n, c, h, w), (sn, sc, sh, sw) = tensor.shape, tensor.stride()
+    return _cupy_array(tensor, (n, h, w, c), (sn, sh, sw, sc), tensor.device.index)
+
+
+def _cupy_array(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:
+    """A CuPy array in the memory of a tensor, which it keeps alive: without the events of DLPack on two streams."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor, device)
+    form = _numpy_form(shape, tensor.dtype, strides)
+    return cupy.ndarray(form.shape, form.dtype, cupy.cuda.MemoryPointer(memory, 0), form.strides)
+
+
+class _Form(NamedTuple):
+    """Of an array; strides in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    strides: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _numpy_form(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...]) -> _Form:
+    """The form of a tensor with these strides, in elements."""
+    found = _numpy_dtype(dtype)
+    return _Form(tuple(shape), found, tuple(stride * found.itemsize for stride in strides))
+
+
+class Place(NamedTuple):
+    """Where a CUDA tensor lies, and in which form: all that makes an array of CuPy, but for the memory's owner."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Place:
+        """That of a tensor."""
+        return cls(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device.index)
+
+    def array(self) -> Any:
+        """The CuPy array there. It keeps nothing alive: who uses it holds the tensor."""
+        import cupy
+
+        form = _numpy_form(self.shape, self.dtype, self.strides)
+        size = form.dtype.itemsize + sum(s * (n - 1) for s, n in zip(form.strides, form.shape))
+        memory = cupy.cuda.UnownedMemory(self.address, size, None, self.device)
+        return cupy.ndarray(form.shape, form.dtype, cupy.cuda.MemoryPointer(memory, 0), form.strides)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._grid import Margin, SparseBlockGrid, crop
+from ._grid import NO_MARGIN, Margin, SparseBlockGrid, crop
 from ._trace import FUNCTIONS, Step, Value, read_chain, replace_values
 
 
@@ -67,6 +68,13 @@ class BlockSparse(torch.nn.Module):
         self.bsize = bsize
         self.capacity = capacity
         self._steps = read_chain(module)
+        #: Steps that read beyond the image what is not 0 there already, and how far all of them do.
+        self._masked = {
+            number: step.reach
+            for number, step in enumerate(self._steps)
+            if step.pad and not self._steps[step.reads[0]].zero_outside
+        }
+        self._most_masked = functools.reduce(Margin.union, self._masked.values(), NO_MARGIN)
 
     @property
     def margin(self) -> Margin:
@@ -106,21 +114,18 @@ class BlockSparse(torch.nn.Module):
     def _run(self, x: Tensor, grid: SparseBlockGrid) -> Tensor:
         """The result of the last step."""
         tiles: dict[int, Tensor] = {}
-        inside: dict[Margin, Tensor] = {}
+        outside = ~grid.inside(self._most_masked) if self._masked else None
         for number, step in enumerate(self._steps):
-            wanted = step.margin.plus(step.pad)
-
-            def take(value: Value, wanted: Margin = wanted) -> Tensor:
-                return crop(tiles[value.step], self._steps[value.step].margin, wanted)
-
             if step.kind == "input":
                 tiles[number] = grid.gather(x, step.margin)
                 continue
+
+            def take(value: Value, wanted: Margin = step.reach) -> Tensor:
+                return crop(tiles[value.step], self._steps[value.step].margin, wanted)
+
             arguments = replace_values(step.arguments, take)
-            if step.pad and not self._steps[step.reads[0]].zero_outside:
-                if wanted not in inside:
-                    inside[wanted] = grid.inside(wanted)
-                arguments = (arguments[0].masked_fill(~inside[wanted], 0),)
+            if outside is not None and number in self._masked:
+                arguments = (arguments[0].masked_fill(crop(outside, self._most_masked, step.reach), 0),)
             tiles[number] = self._apply_step(step, arguments, replace_values(dict(step.options), take))
             for source in step.done:
                 del tiles[source]

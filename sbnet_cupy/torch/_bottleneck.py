@@ -12,11 +12,13 @@ import sbnet_cupy
 
 from ._arrays import as_array, as_image, at, channels_last
 from ._check import check_image, check_rows
-from ._common import ROWS_SCHEMA, autocast, autocast_dtype, new_images
+from ._common import ROWS_SCHEMA, autocast_dtype, new_images, takes_gradients
 from ._conv import same_margin, tile_params
-from ._folding import FoldsInEval, allow_tf32, fold_norm, pack_weight, takes_gradients
+from ._folding import FoldsInEval, fold_norm, library_order
 from ._grid import SparseBlockGrid
 from ._norm import find_pixels, norm_relu
+from ._operator import operator
+from ._packing import PACKED_SCHEMA, bottleneck_weights
 
 
 class SparseBottleneck(FoldsInEval):
@@ -38,6 +40,9 @@ class SparseBottleneck(FoldsInEval):
         Of the second convolution: odd. The others are 1x1.
     eps, momentum : float
         Of the batch norms.
+    inplace : bool
+        Whether images may be overwritten with the result where the shortcut is the identity and no gradients are asked
+        for: that touches the active tiles only, and saves a copy of the images. For all but the first of a chain.
     device, dtype
         Of the parameters.
 
@@ -45,7 +50,8 @@ class SparseBottleneck(FoldsInEval):
     -----
     **In eval mode** batch norm uses its running statistics, which are folded into a factor and a summand for each
     channel. Without gradients, all of it goes to :func:`sbnet_cupy.sparse_res_block_bottleneck`, which picks the
-    engine; TF32 is allowed where PyTorch allows it for convolutions. Active tiles then equal those of the dense
+    engine; TF32 is allowed where PyTorch allows it for convolutions. Weights are folded and packed for the fused
+    kernels once, as :class:`FoldsInEval` says. Active tiles then equal those of the dense
     bottleneck up to rounding. Where autocast would convert the images, and where there are gradients, it is made of
     gather, PyTorch's own ops and scatter instead; as in a dense network, autocast leaves the dtype of the sum alone.
 
@@ -57,6 +63,8 @@ class SparseBottleneck(FoldsInEval):
     Nothing waits for the device. Under ``DistributedDataParallel`` each process normalises over its own active pixels.
     """
 
+    packed = 3
+
     def __init__(
         self,
         in_channels: int,
@@ -66,10 +74,12 @@ class SparseBottleneck(FoldsInEval):
         kernel_size: int = 3,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        inplace: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.inplace = inplace
         out_channels = in_channels if out_channels is None else out_channels
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
@@ -85,11 +95,11 @@ class SparseBottleneck(FoldsInEval):
         self.shortcut = torch.nn.Conv2d(in_channels, out_channels, 1, **conv) if in_channels != out_channels else None
 
     def fold(self) -> list[Tensor]:
-        """Weights of the convolutions, then factors and summands, then the shortcut if there is one."""
-        found = [pack_weight(conv.weight) for conv in (self.conv1, self.conv2, self.conv3)]
-        for norm in (self.bn1, self.bn2, self.bn3):
-            found += fold_norm(norm)
-        return found if self.shortcut is None else [*found, pack_weight(self.shortcut.weight)]
+        """Weights of the convolutions, factors and summands in one, and the weights of the shortcut if there is one."""
+        found = [library_order(conv.weight) for conv in (self.conv1, self.conv2, self.conv3)]
+        channels = [part for norm in (self.bn1, self.bn2, self.bn3) for part in fold_norm(norm)]
+        shortcut = [] if self.shortcut is None else [library_order(self.shortcut.weight)]
+        return [*found, torch.cat(channels), *shortcut]
 
     def forward(self, x: Tensor, grid: SparseBlockGrid | None = None) -> Tensor:
         """Run the bottleneck on the active tiles.
@@ -104,16 +114,21 @@ class SparseBottleneck(FoldsInEval):
         Returns
         -------
         Tensor, shape (N, K, H, W)
-            A new tensor.
+            A new tensor, or `x` with ``inplace=True``.
         """
         if grid is None:
             return self._dense(x)
         grid.check("x", x)
-        if self.training or autocast_dtype(x) != x.dtype or takes_gradients(x, *self.parameters()):
+        if self.training or autocast_dtype(x) != x.dtype or self._trains(x):
             return self._composed(x, grid)
-        # Factors and summands stay as they are.
-        weights = [w if 3 <= k < 9 else autocast(w)[0] for k, w in enumerate(self.folded())]
-        return bottleneck_op(x, weights, *grid.rows[::-1], list(grid.tile))
+        arguments = (x, *self.folded(), *grid.rows[::-1], list(grid.tile))
+        if self.inplace and self.shortcut is None and not torch.compiler.is_compiling():
+            bottleneck_in_place_op(*arguments)
+            return x
+        return bottleneck_op(*arguments)
+
+    def _trains(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and takes_gradients((x, *self.parameters()))
 
     def _dense(self, x: Tensor) -> Tensor:
         y = self.conv1(functional.relu(self.bn1(x)))
@@ -135,31 +150,57 @@ class SparseBottleneck(FoldsInEval):
             return grid.scatter(y.to(base.dtype), base, add=True)
 
 
-@torch.library.custom_op(
-    "sbnet_cupy::bottleneck",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor[] weights, {ROWS_SCHEMA}, int[] tile) -> Tensor",
-)
-def bottleneck_op(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
+_ARGUMENTS = f"Tensor[] weights, {PACKED_SCHEMA}, {ROWS_SCHEMA}, int[] tile"
+
+
+@operator(f"bottleneck(Tensor x, {_ARGUMENTS}) -> Tensor")
+def bottleneck_op(x: Any, weights: Any, *others: Any) -> Any:
     check_image("x", x)
-    check_rows(x, bin_counts, active_block_indices)
-    # With an identity for a shortcut, the library works in place.
-    in_place = len(weights) == 9
-    y = x.detach().clone() if in_place else _new_result(x, weights)
-    arrays = [as_array(weight) for weight in weights]
-    folded = sbnet_cupy.BottleneckWeights(*arrays[:3], *arrays[3:9], *arrays[9:])
-    image, out = as_image(x), as_image(y)
-    params = tile_params(image.shape, tuple(tile), folded.ksizes, ("SAME",) * 3)
-    with at(x.device):
-        indices = sbnet_cupy.BlockIndices(as_array(active_block_indices), as_array(bin_counts))
-        source = out if in_place else image
-        sbnet_cupy.sparse_res_block_bottleneck(source, folded, indices, params, out=out, allow_tf32=allow_tf32())
+    if _keeps_channels(weights):
+        # With an identity for a shortcut, the library works in place.
+        y = x.detach().clone()
+        _run(y, y, weights, *others)
+    else:
+        y = _new_result(x, weights)
+        _run(x, y, weights, *others)
     return y
 
 
-@bottleneck_op.register_fake
-def _(x: Any, weights: Any, bin_counts: Any, active_block_indices: Any, tile: Any) -> Any:
-    return torch.empty_like(x) if len(weights) == 9 else _new_result(x, weights)
+@operator(f"bottleneck_(Tensor(a!) x, {_ARGUMENTS}) -> ()")
+def bottleneck_in_place_op(x: Any, *others: Any) -> None:
+    check_image("x", x)
+    _run(x, x, *others)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def _run(
+    x: Tensor, y: Tensor, weights: Any, words: Any, tf32: Any, bin_counts: Any, active_block_indices: Any, tile: Any
+) -> None:
+    """Put the result into `y`, which may be `x`."""
+    check_rows(x, bin_counts, active_block_indices)
+    out = as_image(y)
+    image = out if y is x else as_image(x)
+    params = tile_params(image.shape, tuple(tile), tuple(tuple(w.shape[:2]) for w in weights[:3]), ("SAME",) * 3)
+    with at(x.device):
+        folded, tf32 = bottleneck_weights(weights, words, tf32)
+        indices = sbnet_cupy.BlockIndices(as_array(active_block_indices), as_array(bin_counts))
+        sbnet_cupy.sparse_res_block_bottleneck(image, folded, indices, params, out=out, allow_tf32=tf32)
+
+
+@torch.library.register_fake(bottleneck_op)
+def _(x: Any, weights: Any, *_: Any) -> Any:
+    return torch.empty_like(x) if _keeps_channels(weights) else _new_result(x, weights)
+
+
+@torch.library.register_fake(bottleneck_in_place_op)
+def _(x: Any, *_: Any) -> None:
+    check_image("x", x)
+
+
+def _keeps_channels(weights: list[Tensor]) -> bool:
+    """Whether there are none of a shortcut."""
+    return len(weights) == 4
 
 
 def _new_result(x: Tensor, weights: list[Tensor]) -> Tensor:

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._geometry import parse_grid
-from ._arrays import channels_last
+from ._arrays import as_array, channels_last
 
 #: Of the schemas: the active blocks, and the grid that they belong to.
 ROWS_SCHEMA = "Tensor bin_counts, Tensor active_block_indices"
 GRID_SCHEMA = "int[] bsize, int[] boffset, int[] bstride"
+
+
+class Blocks(NamedTuple):
+    """Active blocks: rows of indices, and the grid that they belong to, in the order of the schemas."""
+
+    bin_counts: Tensor
+    active_block_indices: Tensor
+    bsize: Sequence[int]
+    boffset: Sequence[int]
+    bstride: Sequence[int]
+
+    @property
+    def rows(self) -> tuple[Any, Any]:
+        """Count and indices, as the library takes them."""
+        return as_array(self.bin_counts), as_array(self.active_block_indices)
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """Where blocks lie, as the library takes it."""
+        return {"bsize": self.bsize, "boffset": self.boffset, "bstride": self.bstride}
+
+    def new_stack(self, x: Tensor) -> Tensor:
+        """Memory for the blocks of `x`."""
+        shape = (self.active_block_indices.shape[0], x.shape[1], *self.bsize)
+        return new_images(x, shape, channels_last(x))
 
 
 def parse_blocks(bsize: Sequence[int], boffset: Sequence[int], bstride: Sequence[int]) -> tuple[list[int], ...]:
@@ -29,20 +55,27 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives an input of a convolution."""
-    if is_autocasting(x) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = autocasting_to(x.device)
+    return x.dtype if dtype is None or not x.is_floating_point() or x.dtype == torch.float64 else dtype
 
 
-def is_autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    kind = x.device.type
-    return kind in ("cpu", "cuda") and bool(torch.is_autocast_enabled(kind))
+def autocasting_to(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device, or None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
 
 
-def new_stack(x: Tensor, indices: Tensor, bsize: Sequence[int]) -> Tensor:
-    """Memory for the blocks of `x`."""
-    return new_images(x, (indices.shape[0], x.shape[1], *bsize), channels_last(x))
+def allow_tf32() -> bool:
+    """Whether PyTorch lets convolutions round float32 to TF32."""
+    settings = getattr(torch.backends.cudnn, "conv", None)  # since PyTorch 2.9
+    if settings is None:
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(settings.fp32_precision == "tf32")
+
+
+def takes_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd follows what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def new_images(like: Tensor, shape: Sequence[int], is_last: bool) -> Tensor:

@@ -13,9 +13,11 @@ import sbnet_cupy
 from .._conv_geometry import BlockParams, calc_block_params_res_block
 from ._arrays import as_array, as_image, at, channels_last
 from ._check import check_image, check_rows
-from ._common import ROWS_SCHEMA, autocast, new_images
-from ._folding import FoldsInEval, allow_tf32, pack_weight, takes_gradients
+from ._common import ROWS_SCHEMA, autocast, new_images, takes_gradients
+from ._folding import FoldsInEval, library_order
 from ._grid import Margin, SparseBlockGrid
+from ._operator import operator
+from ._packing import PACKED_SCHEMA, conv_weights
 
 
 class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
@@ -39,7 +41,7 @@ class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
     Without gradients, kernels without dilation and groups go to :func:`sbnet_cupy.sparse_conv2d`, which picks the
     engine; TF32 is allowed where PyTorch allows it for convolutions. Otherwise it is gather, PyTorch's convolution and
     scatter. Both round as convolutions do, so that they may differ from each other, and from the dense convolution, by
-    rounding.
+    rounding. In eval mode, weights are packed for the fused kernels once.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
 
     def fold(self) -> list[Tensor]:
         """The weights in the library's order of axes."""
-        return [pack_weight(self.weight)]
+        return [library_order(self.weight)]
 
     def forward(self, x: Tensor, grid: SparseBlockGrid | None = None, base: Tensor | None = None) -> Tensor:
         """Convolve the active tiles.
@@ -94,18 +96,18 @@ class SparseConv2d(torch.nn.Conv2d, FoldsInEval):
         if base is not None:
             grid.check("base", base)
         simple = self.groups == 1 and tuple(self.dilation) == (1, 1)
-        if simple and not takes_gradients(x, self.weight, self.bias, base):
+        if simple and not takes_gradients((x, self.weight, self.bias, base)):
             return self._infer(x, grid, base)
         stack = grid.gather(x, self.margin)
         tiles = torch.nn.functional.conv2d(stack, self.weight, self.bias, 1, 0, self.dilation, self.groups)
         return grid.onto_zeros(tiles) if base is None else grid.scatter(tiles, base)
 
     def _infer(self, x: Tensor, grid: SparseBlockGrid, base: Tensor | None) -> Tensor:
-        (weight,) = self.folded()
-        x, weight = autocast(x, weight)
+        (weight,), words, tf32 = self.folded()
+        (x,) = autocast(x)
         bias = None if self.bias is None else self.bias.to(_wide(x.dtype))
         base = None if base is None else base.to(x.dtype)
-        return conv2d_op(x, weight, bias, base, *grid.rows[::-1], list(grid.tile), list(self.margin))
+        return conv2d_op(x, weight, words, tf32, bias, base, *grid.rows[::-1], list(grid.tile), list(self.margin))
 
 
 def _wide(dtype: Any) -> Any:
@@ -146,16 +148,15 @@ def tile_params(
     return calc_block_params_res_block(shape, bsize, ksizes, 1, paddings)
 
 
-@torch.library.custom_op(
-    "sbnet_cupy::conv2d",
-    mutates_args=(),
-    schema=(
-        f"(Tensor x, Tensor weight, Tensor? bias, Tensor? base, {ROWS_SCHEMA}, int[] tile, int[] margin) -> Tensor"
-    ),
+@operator(
+    f"conv2d(Tensor x, Tensor weight, {PACKED_SCHEMA}, Tensor? bias, Tensor? base, {ROWS_SCHEMA}, int[] tile, "
+    "int[] margin) -> Tensor"
 )
 def conv2d_op(
     x: Any,
     weight: Any,
+    words: Any,
+    tf32: Any,
     bias: Any,
     base: Any,
     bin_counts: Any,
@@ -170,32 +171,24 @@ def conv2d_op(
     top, bottom, left, right = margin
     padding = (top, bottom), (left, right)
     params = tile_params(image.shape, tuple(tile), (tuple(weight.shape[:2]),), (padding,))
+    w, tf32 = conv_weights(weight, words, tf32)
     with at(x.device):
         sbnet_cupy.sparse_conv2d(
             image,
-            as_array(weight),
+            w,
             sbnet_cupy.BlockIndices(as_array(active_block_indices), as_array(bin_counts)),
             params,
             padding=padding,
             base=None if base is None else as_image(base),
             bias=None if bias is None else as_array(bias),
             out=as_image(y),
-            allow_tf32=allow_tf32(),
+            allow_tf32=tf32,
         )
     return y
 
 
-@conv2d_op.register_fake
-def _(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    base: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    tile: Any,
-    margin: Any,
-) -> Any:
+@torch.library.register_fake(conv2d_op)
+def _(x: Any, weight: Any, *_: Any) -> Any:
     return _new_result(x, weight)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import sbnet_cupy
 
-from ._arrays import as_array, as_image, at, channels_last
+from ._arrays import as_image, at, channels_last
 from ._check import check_image, check_rows, check_tensors
-from ._common import GRID_SCHEMA, ROWS_SCHEMA, autocast, new_images, new_stack, parse_blocks
+from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, new_images, parse_blocks
+from ._operator import operator
 
 
 def sparse_gather(
@@ -57,30 +58,21 @@ def sparse_gather(
     return gather_op(x, bin_counts, active_block_indices, *parse_blocks(bsize, boffset, bstride))
 
 
-@torch.library.custom_op(
-    "sbnet_cupy::gather", mutates_args=(), schema=f"(Tensor x, {ROWS_SCHEMA}, {GRID_SCHEMA}) -> Tensor"
-)
-def gather_op(x: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
+@operator(f"gather(Tensor x, {ROWS_SCHEMA}, {GRID_SCHEMA}) -> Tensor")
+def gather_op(x: Any, *rows_and_grid: Any) -> Any:
+    blocks = Blocks(*rows_and_grid)
     check_image("x", x)
-    check_rows(x, bin_counts, active_block_indices)
-    stack = new_stack(x, active_block_indices, bsize)
+    check_rows(x, blocks.bin_counts, blocks.active_block_indices)
+    stack = blocks.new_stack(x)
     with at(x.device):
-        sbnet_cupy.sparse_gather(
-            as_image(x),
-            as_array(bin_counts),
-            as_array(active_block_indices),
-            bsize=bsize,
-            boffset=boffset,
-            bstride=bstride,
-            out=as_image(stack),
-        )
+        sbnet_cupy.sparse_gather(as_image(x), *blocks.rows, **blocks.grid, out=as_image(stack))
     return stack
 
 
-@gather_op.register_fake
-def _(x: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
+@torch.library.register_fake(gather_op)
+def _(x: Any, *rows_and_grid: Any) -> Any:
     check_image("x", x)
-    return new_stack(x, active_block_indices, bsize)
+    return Blocks(*rows_and_grid).new_stack(x)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -94,7 +86,7 @@ def _backward(ctx: Any, grad: Any) -> Any:
     return grad_x, None, None, None, None, None
 
 
-gather_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd(gather_op, _backward, setup_context=_setup)
 
 
 @torch.library.custom_op(
@@ -102,41 +94,18 @@ gather_op.register_autograd(_backward, setup_context=_setup)
     mutates_args=(),
     schema=f"(Tensor grad_blocks, {ROWS_SCHEMA}, SymInt[] x_shape, {GRID_SCHEMA}, bool channels_last) -> Tensor",
 )
-def gather_grad_op(
-    grad_blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x_shape: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    channels_last: Any,
-) -> Any:
-    grad_x = new_images(grad_blocks, x_shape, channels_last)
+def gather_grad_op(grad_blocks: Any, bin_counts: Any, indices: Any, x_shape: Any, *grid_and_layout: Any) -> Any:
+    *grid, is_last = grid_and_layout
+    blocks = Blocks(bin_counts, indices, *grid)
+    grad_x = new_images(grad_blocks, x_shape, is_last)
     n, c, h, w = x_shape
     with at(grad_blocks.device):
         sbnet_cupy.sparse_gather_grad(
-            as_image(grad_blocks),
-            as_array(bin_counts),
-            as_array(active_block_indices),
-            (n, h, w, c),
-            bsize=bsize,
-            boffset=boffset,
-            bstride=bstride,
-            out=as_image(grad_x),
+            as_image(grad_blocks), *blocks.rows, (n, h, w, c), **blocks.grid, out=as_image(grad_x)
         )
     return grad_x
 
 
 @gather_grad_op.register_fake
-def _(
-    grad_blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x_shape: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    channels_last: Any,
-) -> Any:
-    return new_images(grad_blocks, x_shape, channels_last)
+def _(grad_blocks: Any, bin_counts: Any, indices: Any, x_shape: Any, *grid_and_layout: Any) -> Any:
+    return new_images(grad_blocks, x_shape, grid_and_layout[-1])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._geometry import parse_pair
 from .._reduce_mask import BlockIndices
-from ._arrays import channels_last
-from ._common import new_images
-from ._gather import sparse_gather
+from ._common import Blocks, autocast
+from ._gather import gather_op
 from ._reduce_mask import reduce_mask
-from ._scatter import sparse_scatter, sparse_scatter_
+from ._scatter import onto_zeros_op, scatter_op
 
 
 class Margin(NamedTuple):
@@ -119,24 +118,28 @@ class SparseBlockGrid(NamedTuple):
     def gather(self, x: Tensor, margin: Margin = NO_MARGIN) -> Tensor:
         """The tiles of `x` ``[N, C, H, W]`` with the pixels around them: ``[M, C, ...]``, 0 outside of the image."""
         self.check("x", x)
-        return sparse_gather(x, self.rows.bin_counts, self.rows.active_block_indices, **self._blocks(margin))
+        return gather_op(*autocast(x), *self._blocks(margin))
 
     def scatter(self, tiles: Tensor, base: Tensor, *, add: bool = False) -> Tensor:
         """A copy of `base` ``[N, C, H, W]`` with the tiles written over it, or added."""
         self.check("base", base)
-        rows = self.rows.bin_counts, self.rows.active_block_indices
-        return sparse_scatter(tiles, *rows, base, **self._blocks(NO_MARGIN), add=add)
+        tiles, base = autocast(tiles, base)
+        counts, indices, *grid = self._blocks(NO_MARGIN)
+        return scatter_op(tiles, counts, indices, base, *grid, add, False)
 
     def onto_zeros(self, tiles: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` that are the tiles there and 0 elsewhere, in the memory format of `tiles`."""
-        shape = (self.batch, tiles.shape[1], *self.size)
-        zeros = new_images(tiles, shape, channels_last(tiles)).zero_()
-        rows = self.rows.bin_counts, self.rows.active_block_indices
-        return sparse_scatter_(tiles, *rows, zeros, **self._blocks(NO_MARGIN))
+        counts, indices, *grid = self._blocks(NO_MARGIN)
+        return onto_zeros_op(tiles, counts, indices, (self.batch, *self.size), *grid)
 
     def inside(self, margin: Margin = NO_MARGIN) -> Tensor:
         """Which pixels of gathered tiles lie in an image: bool ``[M, 1, ...]``, False in unused rows."""
-        n, i, j = self.rows.active_block_indices.long().unbind(1)
+        indices = self.rows.active_block_indices
+        if not torch.compiler.is_compiling():
+            one = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=indices.device)
+            return gather_op(one.expand(self.batch, 1, *self.size), *self._blocks(margin))
+        # The compiler makes one kernel of this, together with what it is for.
+        n, i, j = indices.long().unbind(1)
         row = torch.arange(n.shape[0], device=n.device)
         used = (row < self.rows.bin_counts) & (n >= 0) & (n < self.batch)
         vertical = _inside(i, self.tile[0], self.size[0], margin.top, margin.bottom) & used[:, None]
@@ -154,13 +157,12 @@ class SparseBlockGrid(NamedTuple):
             wanted = f"({self.batch}, C, {self.size[0]}, {self.size[1]})"
             raise ValueError(f"{name}: expected shape {wanted} like the mask's, got {tuple(x.shape)}")
 
-    def _blocks(self, margin: Margin) -> dict[str, Any]:
-        top, bottom, left, right = margin
-        return {
-            "bsize": (self.tile[0] + top + bottom, self.tile[1] + left + right),
-            "boffset": (-top, -left),
-            "bstride": self.tile,
-        }
+    def _blocks(self, margin: Margin) -> Blocks:
+        """The tiles with a margin, as the ops take them."""
+        indices, counts = self.rows
+        (height, width), (top, bottom, left, right) = self.tile, margin
+        bsize = [height + top + bottom, width + left + right]
+        return Blocks(counts, indices, bsize, [-top, -left], [height, width])
 
 
 def _inside(index: Tensor, tile: int, extent: int, before: int, after: int) -> Tensor:
@@ -170,6 +172,8 @@ def _inside(index: Tensor, tile: int, extent: int, before: int, after: int) -> T
 
 
 def crop(stack: Tensor, margin: Margin, wanted: Margin) -> Tensor:
-    """A view of tiles with less around them."""
+    """A view of tiles with less around them, or the tiles themselves."""
+    if margin == wanted:
+        return stack
     top, bottom, left, right = (a - b for a, b in zip(margin, wanted))
     return stack[:, :, top : stack.shape[2] - bottom, left : stack.shape[3] - right]

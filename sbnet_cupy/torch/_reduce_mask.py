@@ -14,6 +14,7 @@ from .._reduce_mask import BlockIndices, parse_reduction
 from ._arrays import as_array, at
 from ._check import check_mask, check_tensors
 from ._common import GRID_SCHEMA, parse_blocks
+from ._operator import operator
 
 
 def reduce_mask(
@@ -59,10 +60,8 @@ def reduce_mask(
     return BlockIndices(*reduce_mask_op(mask.detach(), list(bcount), *grid, float(tol), bool(avgpool), capacity))
 
 
-@torch.library.custom_op(
-    "sbnet_cupy::reduce_mask",
-    mutates_args=(),
-    schema=f"(Tensor mask, int[] bcount, {GRID_SCHEMA}, float tol, bool avgpool, int? capacity) -> (Tensor, Tensor)",
+@operator(
+    f"reduce_mask(Tensor mask, int[] bcount, {GRID_SCHEMA}, float tol, bool avgpool, int? capacity) -> (Tensor, Tensor)"
 )
 def reduce_mask_op(
     mask: Any, bcount: Any, bsize: Any, boffset: Any, bstride: Any, tol: Any, avgpool: Any, capacity: Any
@@ -85,7 +84,7 @@ def reduce_mask_op(
     return indices[: found.active_block_indices.shape[0]], counts
 
 
-@reduce_mask_op.register_fake
+@torch.library.register_fake(reduce_mask_op)
 def _(mask: Any, bcount: Any, bsize: Any, boffset: Any, bstride: Any, tol: Any, avgpool: Any, capacity: Any) -> Any:
     check_mask(mask)
     return _new_rows(mask, torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ import sbnet_cupy
 
 from .._geometry import parse_grid
 from .._grad import Rows
-from ._arrays import as_array, as_image, at, namespace
+from ._arrays import as_image, at, channels_last, namespace
 from ._check import check_blocks, check_devices, check_image, check_rows, check_tensors
-from ._common import GRID_SCHEMA, ROWS_SCHEMA, autocast, is_autocasting, new_stack, parse_blocks
+from ._common import GRID_SCHEMA, ROWS_SCHEMA, Blocks, autocast, autocasting_to, new_images, parse_blocks
 from ._gather import gather_op
+from ._operator import operator
 
 
 def sparse_scatter(
@@ -66,66 +67,53 @@ def sparse_scatter(
     return scatter_op(blocks, bin_counts, active_block_indices, x, *grid, bool(add), bool(atomic))
 
 
-@torch.library.custom_op(
-    "sbnet_cupy::scatter",
-    mutates_args=(),
-    schema=f"(Tensor blocks, {ROWS_SCHEMA}, Tensor x, {GRID_SCHEMA}, bool add, bool atomic) -> Tensor",
-)
-def scatter_op(
-    blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    add: Any,
-    atomic: Any,
-) -> Any:
-    _check_scatter(blocks, bin_counts, active_block_indices, x, bsize)
-    y = x.detach().clone()
-    _write(blocks, bin_counts, active_block_indices, y, (bsize, boffset, bstride), add, atomic)
+class _Arguments(NamedTuple):
+    """Those of both ops, in the order of their schemas."""
+
+    stack: Tensor
+    bin_counts: Tensor
+    active_block_indices: Tensor
+    x: Tensor
+    bsize: Sequence[int]
+    boffset: Sequence[int]
+    bstride: Sequence[int]
+    add: bool
+    atomic: bool
+
+    @property
+    def blocks(self) -> Blocks:
+        """The active blocks."""
+        return Blocks(self.bin_counts, self.active_block_indices, self.bsize, self.boffset, self.bstride)
+
+    def check(self) -> None:
+        """Raise unless they fit together, as far as the library does not find out."""
+        check_image("x", self.x)
+        check_rows(self.x, self.bin_counts, self.active_block_indices)
+        check_devices("x", self.x, blocks=self.stack)
+        check_blocks(self.stack, self.x, self.active_block_indices, self.bsize)
+
+    def write_to(self, y: Tensor) -> None:
+        """Write the blocks over `y` or add them to it, in its memory."""
+        blocks = self.blocks
+        options = {**blocks.grid, "add": self.add, "atomic": self.atomic}
+        with at(y.device):
+            sbnet_cupy.sparse_scatter_var(as_image(self.stack), *blocks.rows, as_image(y), **options)
+
+
+@operator(f"scatter(Tensor blocks, {ROWS_SCHEMA}, Tensor x, {GRID_SCHEMA}, bool add, bool atomic) -> Tensor")
+def scatter_op(*arguments: Any) -> Any:
+    given = _Arguments(*arguments)
+    given.check()
+    y = given.x.detach().clone()
+    given.write_to(y)
     return y
 
 
-@scatter_op.register_fake
-def _(
-    blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    add: Any,
-    atomic: Any,
-) -> Any:
+@torch.library.register_fake(scatter_op)
+def _(*arguments: Any) -> Any:
+    x = _Arguments(*arguments).x
     check_image("x", x)
     return torch.empty_like(x)
-
-
-def _check_scatter(blocks: Tensor, bin_counts: Tensor, indices: Tensor, x: Tensor, bsize: Sequence[int]) -> None:
-    check_image("x", x)
-    check_rows(x, bin_counts, indices)
-    check_devices("x", x, blocks=blocks)
-    check_blocks(blocks, x, indices, bsize)
-
-
-def _write(blocks: Tensor, bin_counts: Tensor, indices: Tensor, x: Tensor, grid: Any, add: bool, atomic: bool) -> None:
-    """Write the blocks over `x` or add them to it, in its memory."""
-    bsize, boffset, bstride = grid
-    with at(x.device):
-        sbnet_cupy.sparse_scatter_var(
-            as_image(blocks),
-            as_array(bin_counts),
-            as_array(indices),
-            as_image(x),
-            bsize=bsize,
-            boffset=boffset,
-            bstride=bstride,
-            add=add,
-            atomic=atomic,
-        )
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -152,7 +140,7 @@ def _scatter_grads(
     return grad_blocks, grad_x
 
 
-scatter_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd(scatter_op, _backward, setup_context=_setup)
 
 
 @torch.library.custom_op(
@@ -160,41 +148,68 @@ scatter_op.register_autograd(_backward, setup_context=_setup)
     mutates_args=(),
     schema=f"(Tensor grad_y, {ROWS_SCHEMA}, {GRID_SCHEMA}) -> Tensor",
 )
-def scatter_grad_blocks_op(
-    grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any
-) -> Any:
-    stack = new_stack(grad_y, active_block_indices, bsize)
+def scatter_grad_blocks_op(grad_y: Any, *rows_and_grid: Any) -> Any:
+    blocks = Blocks(*rows_and_grid)
+    stack = blocks.new_stack(grad_y)
     with at(grad_y.device):
-        rows = _rows(grad_y, bin_counts, active_block_indices, (bsize, boffset, bstride))
-        rows.grad_of_blocks(as_image(grad_y), add=False, transpose=False, out=as_image(stack))
+        _rows(grad_y, blocks).grad_of_blocks(as_image(grad_y), add=False, transpose=False, out=as_image(stack))
     return stack
 
 
 @scatter_grad_blocks_op.register_fake
-def _(grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
-    return new_stack(grad_y, active_block_indices, bsize)
+def _(grad_y: Any, *rows_and_grid: Any) -> Any:
+    return Blocks(*rows_and_grid).new_stack(grad_y)
 
 
 @torch.library.custom_op(
     "sbnet_cupy::scatter_grad_x", mutates_args=(), schema=f"(Tensor grad_y, {ROWS_SCHEMA}, {GRID_SCHEMA}) -> Tensor"
 )
-def scatter_grad_x_op(
-    grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any
-) -> Any:
+def scatter_grad_x_op(grad_y: Any, *rows_and_grid: Any) -> Any:
     grad_x = grad_y.detach().clone()
     with at(grad_y.device):
-        rows = _rows(grad_y, bin_counts, active_block_indices, (bsize, boffset, bstride))
-        rows.clear(as_image(grad_x))
+        _rows(grad_y, Blocks(*rows_and_grid)).clear(as_image(grad_x))
     return grad_x
 
 
 @scatter_grad_x_op.register_fake
-def _(grad_y: Any, bin_counts: Any, active_block_indices: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
+def _(grad_y: Any, *rows_and_grid: Any) -> Any:
     return torch.empty_like(grad_y)
 
 
-def _rows(like: Tensor, bin_counts: Tensor, indices: Tensor, grid: Any) -> Rows:
-    return Rows(namespace(like.device), as_array(bin_counts), as_array(indices), parse_grid(*grid))
+def _rows(like: Tensor, blocks: Blocks) -> Rows:
+    return Rows(namespace(like.device), *blocks.rows, parse_grid(**blocks.grid))
+
+
+@operator(f"onto_zeros(Tensor blocks, {ROWS_SCHEMA}, SymInt[] size, {GRID_SCHEMA}) -> Tensor")
+def onto_zeros_op(stack: Any, bin_counts: Any, indices: Any, size: Any, bsize: Any, boffset: Any, bstride: Any) -> Any:
+    """Images of (N, height, width) `size`, in the memory format of `stack`: its blocks, and 0 elsewhere."""
+    zeros = _new_result(stack, size).zero_()
+    given = _Arguments(stack, bin_counts, indices, zeros, bsize, boffset, bstride, add=False, atomic=False)
+    given.check()
+    given.write_to(zeros)
+    return zeros
+
+
+@torch.library.register_fake(onto_zeros_op)
+def _(stack: Any, bin_counts: Any, indices: Any, size: Any, *grid: Any) -> Any:
+    return _new_result(stack, size)
+
+
+def _new_result(stack: Tensor, size: Sequence[int]) -> Tensor:
+    check_image("blocks", stack)
+    return new_images(stack, (size[0], stack.shape[1], *size[1:]), channels_last(stack))
+
+
+def _setup_onto_zeros(ctx: Any, inputs: Any, output: Any) -> None:
+    _, bin_counts, active_block_indices, _, *ctx.grid = inputs
+    ctx.save_for_backward(bin_counts, active_block_indices)
+
+
+def _backward_onto_zeros(ctx: Any, grad: Any) -> Any:
+    return scatter_grad_blocks_op(grad, *ctx.saved_tensors, *ctx.grid), None, None, None, None, None, None
+
+
+torch.library.register_autograd(onto_zeros_op, _backward_onto_zeros, setup_context=_setup_onto_zeros)
 
 
 def sparse_scatter_(
@@ -238,7 +253,7 @@ def sparse_scatter_(
     :func:`sparse_scatter` copied over `x`. Under autocast, `blocks` are converted to the dtype of `x`.
     """
     check_tensors(blocks=blocks, bin_counts=bin_counts, active_block_indices=active_block_indices, x=x)
-    if is_autocasting(x) and blocks.is_floating_point() and x.is_floating_point():
+    if autocasting_to(x.device) and blocks.is_floating_point() and x.is_floating_point():
         blocks = blocks.to(x.dtype)
     rows, grid = (bin_counts, active_block_indices), parse_blocks(bsize, boffset, bstride)
     if not (torch.is_grad_enabled() and (blocks.requires_grad or x.requires_grad)):
@@ -257,34 +272,15 @@ def sparse_scatter_(
     mutates_args=("x",),
     schema=f"(Tensor blocks, {ROWS_SCHEMA}, Tensor(a!) x, {GRID_SCHEMA}, bool add, bool atomic) -> ()",
 )
-def scatter_in_place_op(
-    blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    add: Any,
-    atomic: Any,
-) -> None:
-    _check_scatter(blocks, bin_counts, active_block_indices, x, bsize)
-    _write(blocks, bin_counts, active_block_indices, x, (bsize, boffset, bstride), add, atomic)
+def scatter_in_place_op(*arguments: Any) -> None:
+    given = _Arguments(*arguments)
+    given.check()
+    given.write_to(given.x)
 
 
 @scatter_in_place_op.register_fake
-def _(
-    blocks: Any,
-    bin_counts: Any,
-    active_block_indices: Any,
-    x: Any,
-    bsize: Any,
-    boffset: Any,
-    bstride: Any,
-    add: Any,
-    atomic: Any,
-) -> None:
-    check_image("x", x)
+def _(*arguments: Any) -> None:
+    check_image("x", _Arguments(*arguments).x)
 
 
 class _InPlaceScatter(torch.autograd.Function):

@@ -38,6 +38,11 @@ class Step:
     done: tuple[int, ...] = ()
 
     @property
+    def reach(self) -> Margin:
+        """Pixels around a tile that it takes of what it reads."""
+        return self.margin.plus(self.pad)
+
+    @property
     def reads(self) -> list[int]:
         """The steps whose results it takes."""
         return [value.step for value in values_in((self.arguments, dict(self.options)))]

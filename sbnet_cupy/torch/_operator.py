@@ -1,0 +1,30 @@
+"""Registers functions as operators of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("sbnet_cupy", "FRAGMENT")
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator with this schema, which begins with its name. Returns what PyTorch calls.
+
+    It does what ``torch.library.custom_op`` does, with less between a call and its work: 6 us instead of 28 us of the
+    host, where no gradient is registered. What is left out: the check in every call that no result shares memory with
+    an argument, which ``opcheck`` makes in the tests; versions of tensors that change; and the error of a backward pass
+    through an operator that has no gradient. So it is for those that change nothing, and that either have a gradient or
+    are never called where one is wanted.
+    """
+    name = schema.partition("(")[0]
+
+    def register(kernel: Callable[..., Any]) -> Any:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # For all devices: the kernels look for themselves. Dynamo shall not look into them.
+        _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+        return getattr(torch.ops.sbnet_cupy, name).default
+
+    return register
