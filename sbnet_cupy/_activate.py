@@ -11,6 +11,7 @@ from . import _jit
 from ._affine import Affine
 from ._geometry import Axis, BlockGrid
 from ._instances import Instance, activate_instance, activate_lanes
+from ._launch import Dim3, Template
 from ._transfer import MOST_IMAGES, pack_axis
 from ._validate import Spec, spec_of
 
@@ -60,9 +61,9 @@ class _Ready:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: _jit.Dim3
-    block: _jit.Dim3
-    argument: _jit.Template
+    grid: Dim3
+    block: Dim3
+    argument: Template
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,7 +78,7 @@ def _prepare(source: Spec, target: Spec, where: _Where | None, relu: bool) -> _R
     if where is not None:
         (step, part), grid, shape = where
         index_strides, batch, axes = (step // 4, part // 4), min(shape[0], MOST_IMAGES), grid.axes(shape[1], shape[2])
-    argument = _jit.Template(
+    argument = Template(
         6,
         [
             *_word_strides(source, lanes),

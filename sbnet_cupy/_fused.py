@@ -23,6 +23,7 @@ from ._fused_plan import (
     plan_conv,
 )
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
+from ._launch import Dim3, Template
 from ._packing import PackedWeights, Packing, is_whole
 from ._plan import division
 from ._transfer import MOST_IMAGES
@@ -41,21 +42,21 @@ def pack(w: Any, packing: Packing, tf32: bool) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _pack_argument(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing) -> _jit.Template:
+def _pack_argument(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing) -> Template:
     """struct Packing of kernels/pack.cu."""
     steps = (s // itemsize for s in strides)
     sizes = (packing.channels, packing.features, packing.chunk, packing.chunks, packing.steps)
-    return _jit.Template(2, [*steps, shape[1], packing.positions, *sizes, math.prod(packing.shape)])
+    return Template(2, [*steps, shape[1], packing.positions, *sizes, math.prod(packing.shape)])
 
 
 class Launch(NamedTuple):
     """A launch but for its addresses."""
 
     instance: Instance
-    grid: _jit.Dim3
+    grid: Dim3
     #: Bytes of dynamic shared memory.
     shared: int
-    argument: _jit.Template
+    argument: Template
     #: The device on which its CTAs wait for each other, so that all have to run at the same time; -1: they do not.
     meets_on: int = -1
 
@@ -124,11 +125,11 @@ def _conv_form(call: ConvCall) -> tuple[bool, ...]:
     return whole, paired, call.activates, adds, call.packing.chunks > 1
 
 
-def _conv_argument(call: ConvCall, plan: ConvPlan) -> _jit.Template:
+def _conv_argument(call: ConvCall, plan: ConvPlan) -> Template:
     """struct Conv of kernels/conv.cu; the first ten fields are addresses."""
     packing, source, target = call.packing, call.source.spec, call.target.spec
     tiles = plan.tiles[0] * plan.tiles[1]
-    return _jit.Template(
+    return Template(
         10,
         [
             *_strides(source),
@@ -222,14 +223,14 @@ def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
     return Ready(Launch(instance, (plan.ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on))
 
 
-def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Template:
+def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> Template:
     """struct Bottleneck of kernels/bottleneck.cu; the first nine fields are addresses."""
     axes = (
         (call.bcount[axis], call.grid.bsize[axis], call.layer.out_size[axis], call.layer.pad_before[axis])
         for axis in range(2)
     )
     tiles = plan.tiles[0] * plan.tiles[1]
-    return _jit.Template(
+    return Template(
         9,
         [
             *_strides(call.source)[:3],

@@ -13,6 +13,7 @@ import numpy as np
 from . import _jit, _meetings
 from ._geometry import Axis, BlockGrid
 from ._instances import COMPACT_ACTIVE, COUNT_ACTIVE, Instance, activity_instance, mask_lanes
+from ._launch import Dim3, Template
 from ._plan import division
 from ._reference import integer_threshold
 from ._validate import Spec
@@ -124,11 +125,11 @@ class Ready:
     """All of a call but the addresses. Made once for calls that look alike."""
 
     pooling: Instance
-    grid: _jit.Dim3
-    block: _jit.Dim3
-    argument: _jit.Template
+    grid: Dim3
+    block: Dim3
+    argument: Template
     fused: bool
-    tiles: _jit.Dim3
+    tiles: Dim3
     tile_counts_offset: int  # in scratch; 0 if they are not needed
     scratch_bytes: int  # 0 if it lies in the result
     count_offset: int
@@ -179,7 +180,7 @@ def prepare(
         pooling=activity_instance(mask.dtype, avgpool, lanes),
         grid=(ctas, 1, 1),
         block=(strips.columns, strips.row_threads, 1),
-        argument=_jit.Template(7, fields),
+        argument=Template(7, fields),
         fused=words <= _FUSED_WORDS,
         tiles=(tiles, 1, 1),
         **_memory(words, tiles, rows, given),

@@ -13,6 +13,7 @@ from . import _jit
 from ._affine import IDENTITY, Affine
 from ._geometry import Axis, BlockGrid
 from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
+from ._launch import Dim3, Template
 from ._plan import LISTED_OVERLAPS, LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
 from ._validate import Spec
 
@@ -25,9 +26,9 @@ class Launch:
     """All of a launch but the addresses. Made once for calls that look alike."""
 
     instance: Instance
-    grid: _jit.Dim3
-    block: _jit.Dim3
-    argument: _jit.Template
+    grid: Dim3
+    block: Dim3
+    argument: Template
     cells: int = 0  # of the cover map; 0 if it is not needed
     activates: bool = False  # whether it computes act(x*scale + shift)
 
@@ -94,7 +95,7 @@ def _most_listed(plan: TransferPlan, grid: BlockGrid) -> int:
 
 
 #: struct Cover of kernels/cover.cuh: nothing but addresses.
-_COVER = _jit.Template(2, [])
+_COVER = Template(2, [])
 _NO_COVER = _COVER.at(0, 0)
 
 
@@ -119,10 +120,10 @@ def _argument(
     index_strides: tuple[int, ...],
     grid: BlockGrid,
     affine: Affine = IDENTITY,
-) -> _jit.Template:
+) -> Template:
     """struct Transfer of kernels/transfer.cuh, all of whose fields have 8 bytes; the first six are addresses."""
     height, width = grid.axes(x.shape[1], x.shape[2])
-    return _jit.Template(
+    return Template(
         6,
         [
             *plan.image_strides,
