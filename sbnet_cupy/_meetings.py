@@ -16,7 +16,8 @@ class Meetings:
     """Pairs of 4-byte counters. A kernel finds them at zero, and leaves them so.
 
     Launches of one stream follow each other and share a pair. A captured launch may later run beside any other, so it
-    has a pair that is never given to another.
+    has a pair that is never given to another. A launch that the driver refuses changes no counter, and a kernel that
+    dies takes the whole context with it.
     """
 
     #: Bytes of a pair, and pairs that are allocated at once.

@@ -81,11 +81,13 @@ def array_namespace(arrays: dict[str, Any], out: Any = None) -> ModuleType:
     """
     cupy: Any = sys.modules.get("cupy")
     on_device = getattr(cupy, "ndarray", ())
-    kinds = set(map(type, arrays.values()))
-    if out is not None:
-        kinds.add(type(out))
-    if len(kinds) == 1:
-        (kind,) = kinds
+    kind = None if out is None else type(out)
+    for array in arrays.values():
+        if type(array) is not kind:
+            if kind is not None:
+                break
+            kind = type(array)
+    else:
         if kind is np.ndarray:
             return np
         if kind is on_device:
@@ -226,10 +228,9 @@ def check_separate(name: str, array: Any, reach: Reach, inputs: dict[str, Any], 
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
-        starts = [address_of(value) for value in inputs.values()]
+        start, starts = address_of(array), [address_of(value) for value in inputs.values()]
     else:
-        starts = [value.data.ptr for value in inputs.values()]
-    start = address_of(array)
+        start, starts = array.data.ptr, [value.data.ptr for value in inputs.values()]
     low, high = start + reach[0], start + reach[1]
     for other, begin, (other_low, other_high) in zip(inputs, starts, reaches):
         if begin + other_low < high and begin + other_high > low and _share_memory(array, inputs[other]):

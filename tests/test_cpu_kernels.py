@@ -17,6 +17,7 @@ from cpu_cuda import calls
 from cpu_cuda.calls import Call
 from hypothesis import strategies as st
 
+import sbnet_cupy
 from sbnet_cupy import _instances
 from sbnet_cupy._instances import Instance
 from sbnet_cupy._sources import kernel_folder
@@ -97,6 +98,25 @@ def test_every_kernel_of_every_dtype_runs() -> None:
 
     ran = names(instance for call in CALLS for instance in call.kernels())
     assert names(_instances.instances_for([(3, 3)], DTYPES)) - ran == set()
+
+
+@pytest.mark.parametrize(
+    ("rows", "bstride", "transpose", "launched"),
+    [
+        (512, (3, 4), False, ["scatter"]),
+        (513, (3, 4), False, ["cover_all", "scatter"]),
+        (9, (3, 4), True, ["cover_all", "scatter_tiled"]),  # no registers to spare
+        (1024, (4, 7), False, ["scatter"]),
+        (1025, (4, 7), False, ["cover_all", "scatter"]),
+    ],
+)
+def test_short_lists_need_one_launch(rows: int, bstride: tuple[int, int], transpose: bool, launched: list[str]) -> None:
+    case = calls.random_case(0, np.dtype(np.float32), 32, bsize=(4, 7), bstride=bstride, rows=rows, transpose=transpose)
+    with cpu_cuda.recording() as found:
+        x, blocks, bin_counts, indices = case.arrays(cpu_cuda.standin)
+        options: dict[str, Any] = {**case.grid, "add": True, "atomic": True, "transpose": transpose}
+        sbnet_cupy.sparse_scatter_var(blocks, bin_counts, indices, x, **options)
+    assert [instance.expression.removeprefix("sbnet::").partition("<")[0] for instance in found] == launched
 
 
 def test_inline_assembly_has_a_header_of_its_own() -> None:

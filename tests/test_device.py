@@ -75,19 +75,25 @@ def test_compaction_over_many_tiles(blocks: int, density: float) -> None:
         assert identical(found.bin_counts, expected.bin_counts)
 
 
+@pytest.mark.parametrize("bstride", [(8, 7), (16, 13)])
+@pytest.mark.parametrize("rows", [500, 700])  # with and without a list that is searched in place of a map
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_overlaps_are_reproducible_and_equal_to_numpy(dtype: str) -> None:
+def test_overlaps_are_reproducible_and_equal_to_numpy(dtype: str, rows: int, bstride: tuple[int, int]) -> None:
     x = random_image((2, 150, 170, 16), dtype)
     rng = np.random.default_rng(1)
-    indices = np.stack([rng.integers(0, 2, 500), rng.integers(-2, 22, 500), rng.integers(-2, 24, 500)], 1).astype("i")
-    counts = np.array([500], np.int32)
-    blocks = random_image((500, 18, 18, 16), dtype, 2)
-    grid: dict[str, Any] = {"bsize": (18, 18), "boffset": (-3, 2), "bstride": (8, 7)}
-    arrays = [cupy.asarray(a) for a in (blocks, counts, indices, x)]
-    for add in (False, True):
-        expected = sbnet_cupy.sparse_scatter(blocks, counts, indices, x, **grid, add=add, atomic=add)
-        for _ in range(5):
-            assert identical(sbnet_cupy.sparse_scatter(*arrays, **grid, add=add, atomic=add), expected)
+    drawn = np.stack([rng.integers(0, 2, rows), rng.integers(-2, 22, rows), rng.integers(-2, 24, rows)], 1).astype("i")
+    counts = np.array([rows], np.int32)
+    blocks = random_image((rows, 18, 18, 16), dtype, 2)
+    grid: dict[str, Any] = {"bsize": (18, 18), "boffset": (-3, 2), "bstride": bstride}
+    in_order = np.full_like(drawn, -1)
+    unique = np.unique(drawn, axis=0)
+    in_order[: len(unique)] = unique
+    for indices in (drawn, in_order):
+        arrays = [cupy.asarray(a) for a in (blocks, counts, indices, x)]
+        for add in (False, True):
+            expected = sbnet_cupy.sparse_scatter(blocks, counts, indices, x, **grid, add=add, atomic=add)
+            for _ in range(5):
+                assert identical(sbnet_cupy.sparse_scatter(*arrays, **grid, add=add, atomic=add), expected)
 
 
 def test_thousands_of_equal_blocks() -> None:

@@ -353,7 +353,7 @@ def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
         "scatter": (2.5, lambda: sbnet_cupy.sparse_scatter_var(tiles, *rows, x, **TILES)),
         "add": (2.5, lambda: sbnet_cupy.sparse_scatter_var(tiles, *rows, x, **TILES, add=True)),
         "overlapping": (2.5, lambda: sbnet_cupy.sparse_scatter_var(stack, *rows, x, **HALO, add=True, atomic=True)),
-        "reduce_mask": (3.0, lambda: sbnet_cupy.reduce_mask(mask, (4, 4), **HALO, capacity=16)),
+        "reduce_mask": (2.75, lambda: sbnet_cupy.reduce_mask(mask, (4, 4), **HALO, capacity=16)),
         "copy": (3.5, lambda: sbnet_cupy.sparse_scatter(tiles, *rows, x, **TILES, out=out)),
         **{name: (4.5, call) for name, call in fused_calls(x, out).items()},
     }

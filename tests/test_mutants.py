@@ -635,8 +635,8 @@ twins-outside: scatter.cu, add
 +
 
 one-table-for-all-warps: scatter.cu, scatter_overlaps
-- tables[kMaxThreads / kWarp]; Nearby& nearby = tables[threadIdx.x / kWarp];
-+ tables[kMaxThreads / kWarp]; Nearby& nearby = tables[0];
+- tables[cover.head == nullptr ? 0 : threadIdx.x / kWarp]
++ tables[0]
 
 shared-pixels-left-out: scatter.cu, scatter_overlaps
 - put_shared<Combine, kOrder>(t, cover, at, share.row, share, task, nearby);
