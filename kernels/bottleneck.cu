@@ -1,10 +1,12 @@
 // A residual bottleneck with pre-activation on the active blocks of images, in one launch. A CTA takes a tile of pixels
-// and keeps all that lies between the input and the output in shared memory:
+// and keeps all that it needs in shared memory:
 //
-//     window  max(x * scale1 + shift1, 0)              of the tile and its halo
-//     middle  max(conv1(window) * scale2 + shift2, 0)  of the same pixels, 0 outside of the image
-//     middle  max(conv2(middle) * scale3 + shift3, 0)  of the tile
+//     window  x                                                           of the tile and its halo
+//     middle  max(conv1(max(x * scale1 + shift1, 0)) * scale2 + shift2, 0)  of the same pixels, 0 outside of the image
+//     middle  max(conv2(middle) * scale3 + shift3, 0)                       of the tile
 //     target  x + conv3(middle)
+//
+// The window stays as it is, for the sum at the end: the first step is done on the way into the first product.
 //
 // In place, a CTA must not write what is the halo of another that has not read it. All CTAs therefore run at the same
 // time (the host launches no more than fit, as a cooperative grid), count themselves when their window is there, and
@@ -21,7 +23,7 @@ struct BottleneckAxis {
     int64 pad;     // of the second convolution, before the image
 };
 
-// Argument of bottleneck. Mirrored, field by field, by _fused_bottleneck.py. Strides are in numbers.
+// Argument of bottleneck. Mirrored, field by field, by _fused.py. Strides are in numbers.
 struct Bottleneck {
     const void* source;              // [batch, H, W, C]
     void* target;                    // the same, perhaps the source itself; or a stack of output tiles [rows, h, w, C]
@@ -42,18 +44,13 @@ struct Bottleneck {
     int64 target_is_stack;
 };
 
-// Where a tile of the output lies. Names as in ConvTile.
-struct BottleneckSpan {
-    int first, within, size;
-
-    __device__ BottleneckSpan(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
-        within = tile * tile_size;
-        first = static_cast<int>(block) * static_cast<int>(axis.size) + within;
-        const int left = static_cast<int>(axis.size) - within, in_image = static_cast<int>(axis.extent) - first;
-        size = left < tile_size ? left : tile_size;
-        if (in_image < size) size = in_image;  // may be negative
-    }
-};
+// The part of an axis of a tile that lies in the image; its size may be negative.
+__device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
+    Span span(static_cast<int>(block) * static_cast<int>(axis.size), axis.size, tile, tile_size);
+    const int in_image = static_cast<int>(axis.extent) - span.first;
+    if (in_image < span.size) span.size = in_image;
+    return span;
+}
 
 // Rows of an implicit matrix: pieces of a pixel, then of its neighbours under the kernel.
 template <int kPiecesOfPixel, int kPositions, int kKernelW, int kSteps>
@@ -67,65 +64,35 @@ __device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
     }
 }
 
-// Which tile of which block; what is loaded is not looked at yet.
-struct BottleneckTile {
-    unsigned int row, down, right;
-    unsigned int image, block_h, block_w;
-
-    // `number` is less than b.rows * b.tiles.
-    __device__ BottleneckTile(const Bottleneck& b, unsigned int number) : row(b.by_tiles(number)) {
-        const unsigned int tile = number - row * static_cast<unsigned int>(b.tiles);
-        down = b.by_tiles_w(tile);
-        right = tile - down * static_cast<unsigned int>(b.tiles_w);
-        const int* triple = b.indices + row * b.index_strides[0];
-        image = triple[0];
-        block_h = triple[b.index_strides[1]];
-        block_w = triple[2 * b.index_strides[1]];
-    }
-
-    __device__ bool exists(const Bottleneck& b) const {
-        return image < b.batch && block_h < b.height.count && block_w < b.width.count;
-    }
-};
-
 // Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
 __device__ inline void leave(const Bottleneck& b, int64 tiles) {
     if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
 }
 
-template <bool kFirst, typename First, typename Second>
-struct Choice {
-    using Type = First;
+// Where the weights of a product come from: shared memory (kNear), or each warp's own on their way.
+template <bool kNear, typename Products, int kN>
+struct WeightSource {
+    using Type = DistantWeights<Products, kN>;
 };
-template <typename First, typename Second>
-struct Choice<false, First, Second> {
-    using Type = Second;
+template <typename Products, int kN>
+struct WeightSource<true, Products, kN> {
+    using Type = NearWeights<Products, kN>;
 };
 
-// The weights of some steps of a product of kSteps: in shared memory (kNear), or each warp's own on their way.
+// The weights of some steps of a product of kSteps.
 template <typename Products, typename Layout, int kSteps, bool kNear>
 struct ProductWeights {
     static constexpr int kStride = kSteps * kWarp;  // from 8 columns to the next 8
-    using Distant = DistantWeights<Products, Layout::kN>;
-    using Near = NearWeights<Products, Layout::kN>;
 
     int begin, end;  // the warp's share of the steps
-    typename Choice<kNear, Near, Distant>::Type source;
+    typename WeightSource<kNear, Products, Layout::kN>::Type source;
 
     // Of `steps` steps from `first` on, of the columns from `packed` on.
     __device__ explicit ProductWeights(const StepWords* packed, int first = 0, int steps = kSteps,
                                        const Layout& layout = Layout())
         : begin(first + layout.begin(steps)),
           end(first + layout.end(steps)),
-          source(make(packed + layout.column / kColumns * kStride, begin, end)) {}
-
-    __device__ static auto make(const StepWords* columns, int begin, int end) {
-        if constexpr (kNear) {
-            return Near(columns, kStride);
-        } else {
-            return Distant(columns, kStride, begin, end);
-        }
-    }
+          source(packed + layout.column / kColumns * kStride, kStride, begin, end) {}
 };
 
 // Starts to copy the weights of so many columns to shared memory.
@@ -136,11 +103,12 @@ __device__ inline void start_weights(StepWords* shared, const StepWords* packed)
     for (int k = threadIdx.x; k < kPieces; k += kProductThreads) copy_async<kPieceBytes>(shared + k, packed + k, true);
 }
 
-// Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`.
-template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt>
+// Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`; `before` changes what it reads.
+template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt, typename Before = Unchanged>
 __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigned char* matrix, RowAt row_at,
                                const int* offsets, const unsigned char* zeros,
-                               ProductWeights<Products, Layout, kSteps, kNear>& weights) {
+                               ProductWeights<Products, Layout, kSteps, kNear>& weights,
+                               const Before& before = Before()) {
     const Layout layout;
     const unsigned char* rows[Layout::kM][Products::kLaneRows];
 #pragma unroll
@@ -150,7 +118,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end);
+    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end, before);
 }
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
@@ -198,8 +166,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     static_assert(Layout3::kAllRows >= kPixels && kC % Layout3::kAllColumns == 0, "the third product is whole");
     static_assert(Layout3::kDepth == 1, "the third product is not deep");
 
-    // First the pixels within reach of the second convolution, then what the window leaves room for: the window is of
-    // no use after the first product, so that parts of sums, and the tile between the last two, take its place.
+    // The tile between the last two products takes the place of what the second has read.
     extern __shared__ StepWords bottleneck_shared[];
     unsigned char* zeros = reinterpret_cast<unsigned char*>(bottleneck_shared);
     int* offsets1 = reinterpret_cast<int*>(zeros + kPieceBytes);
@@ -212,32 +179,32 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     StepWords* near1 = reinterpret_cast<StepWords*>(shift3 + kB);
     StepWords* near2 = near1 + (kNear1 ? kB / kColumns * kSteps1 * kWarp : 0);
     StepWords* near3 = near2 + (kNear2 ? kB / kColumns * kSteps2 * kWarp : 0);
-    unsigned char* halo_pixels =
-        reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
-    unsigned char* window_pixels = halo_pixels + kHalo * kPitchB;
-    unsigned char* tile_pixels = window_pixels + Layout2::kExchanged;
-    float* results = reinterpret_cast<float*>(tile_pixels + kPixels * kPitchB);
+    unsigned char* middle = reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
+    unsigned char* window_pixels = middle + kHalo * kPitchB;
+    unsigned char* exchanged = window_pixels + Staged::kBytes;  // parts of sums, and results on their way out
+
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
+    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
+    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+    wait_for_earlier_kernels();
 
     const int64 active = *b.bin_counts;
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    BottleneckTile tile(b, blockIdx.x);
+    TileNumbers tile(b, blockIdx.x);
     // While the indices are on their way: what does not depend on them.
 #pragma unroll 1
     for (int k = threadIdx.x; k < (kC + 2 * kB) / 2; k += kProductThreads) {
         copy_async<kPieceBytes>(scale1 + 4 * k, b.channels + 4 * k, true);
     }
     if constexpr (kNear1) start_weights<kB, kSteps1>(near1, b.weights[0]);
-    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
-    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
 
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         const bool is_first = number == blockIdx.x;
-        if (!is_first) tile = BottleneckTile(b, static_cast<unsigned int>(number));
-        const bool exists = tile.exists(b);  // else there are no coordinates, which might leave 32 bits
-        const BottleneckSpan y(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
-        const BottleneckSpan x(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
+        if (!is_first) tile = TileNumbers(b, static_cast<unsigned int>(number));
+        const bool exists = tile.exist(b);  // else there are no coordinates, which might leave 32 bits
+        const Span y = span_of(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
+        const Span x = span_of(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
         if (!exists || y.size <= 0 || x.size <= 0) {
             if (b.meeting != nullptr && threadIdx.x == 0) {
                 arrive(b.meeting);
@@ -269,6 +236,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
         {
             const Layout1 layout;
+            const ActivatedRows<T, kPiecesC, Products::kRounds> activated(scale1, shift1, b.activates != 0);
             Sums<Layout1::kM, Layout1::kN> sums;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -276,22 +244,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 ProductWeights<Products, Layout1, kSteps1, kNear1> weights1(kNear1 ? near1 : b.weights[0],
                                                                             part * kPartSteps, kPartSteps);
                 wait_async_groups_but(kParts - part);
-                if (is_first && part == 0) __syncthreads();  // scales and shifts come from other threads
-                if (Products::kRounds || b.activates) {
-                    const int channel = part * kC / kParts + Staged::piece() * kLanes;
-                    const ChannelAffine<kLanes> affine(scale1, shift1, b.activates != 0, channel);
-                    Staged::part(window_pixels, part).template activate<Products::kRounds>(window, affine);
-                }
                 __syncthreads();
                 if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
                 product(
                     sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
-                    weights1);
+                    weights1, activated);
             }
-            if (Layout1::kDepth > 1) __syncthreads();  // the window has been read
-            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
+            layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, Layout1, kHalo, kPitchB>(
-                    halo_pixels, layout, m, n, sum, scale2, shift2,
+                    middle, layout, m, n, sum, scale2, shift2,
                     [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
             });
         }
@@ -302,14 +263,16 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             const Layout2 layout;
             Sums<Layout2::kM, Layout2::kN> sums;
             product(
-                sums, halo_pixels,
+                sums, middle,
                 [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
                 weights2);
-            layout.finish(window_pixels, sums, [&](int m, int n, const float(&sum)[4]) {
-                activate_sums<Products, Layout2, kPixels, kPitchB>(tile_pixels, layout, m, n, sum, scale3, shift3,
+            if (Layout2::kDepth == 1) __syncthreads();  // else there is a barrier before sums are finished
+            layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
+                activate_sums<Products, Layout2, kPixels, kPitchB>(middle, layout, m, n, sum, scale3, shift3,
                                                                    [](int) { return true; });
             });
         }
+        let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
         using Weights3 = ProductWeights<Products, Layout3, kSteps3, kNear3>;
         Weights3 weights3(kNear3 ? near3 : b.weights[2]);
         __syncthreads();
@@ -318,48 +281,43 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
                           static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
                           static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
-        const T* const residual = source + window.origin + window.offset(y.first - top, x.first - left);
         const int target_row = static_cast<int>(b.target_strides[1]);
         const int target_column = static_cast<int>(b.target_strides[2]);
         const Layout3 layout;
-        using Results = WarpRows<Layout3, kLanes>;
-        const Results rows(results);
+        using Results = WarpRows<Layout3::kN, kLanes>;
+        const Results rows(reinterpret_cast<float*>(exchanged));
+        const unsigned char* const own_pixels = window_pixels + ((y.first - top) * kHaloW + x.first - left) * Staged::kPitch;
         // Asked for early by one thread: the answer takes a while, and nearly always is yes.
         bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
-            // What is added is asked for before the product.
-            Vec<T, kLanes> numbers[Results::kTurns];
-#pragma unroll
-            for (int turn = 0; turn < Results::kTurns; ++turn) {
-                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
-                numbers[turn] = Vec<T, kLanes>{};
-                if (rows.exists(turn) && dy < y.size && dx < x.size) {
-                    const int channel = pass + layout.column + rows.column(turn);
-                    numbers[turn] = load<Vec<T, kLanes>>(residual + (window.offset(dy, dx) + channel), 0);
-                }
-            }
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
-                sums, tile_pixels, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
+                sums, middle, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
             if constexpr (kC > Layout3::kAllColumns) {
                 const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
                 weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);
             }
-            rows.put(sums);
             if (b.meeting != nullptr && pass == 0) {
                 while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
                 __syncthreads();
             }
 #pragma unroll
-            for (int turn = 0; turn < Results::kTurns; ++turn) {
-                const int pixel = layout.row + rows.row(turn), dy = pixel / kTileW, dx = pixel % kTileW;
-                if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
-                float number[kLanes];
-                rows.get(turn, number);
+            for (int m = 0; m < Layout3::kM; ++m) {
+                rows.put(sums.at[m]);
 #pragma unroll
-                for (int i = 0; i < kLanes; ++i) number[i] += Addition<T>::begin(numbers[turn].lane[i]);
-                const int channel = pass + layout.column + rows.column(turn);
-                store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
+                for (int turn = 0; turn < Results::kTurns; ++turn) {
+                    const int pixel = layout.row + m * kRows + rows.row(turn);
+                    const int dy = pixel / kTileW, dx = pixel % kTileW;
+                    if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
+                    const int channel = pass + layout.column + rows.column(turn);
+                    const auto shortcut = load<Vec<T, kLanes>>(
+                        own_pixels + (dy * kHaloW + dx) * Staged::kPitch + channel * static_cast<int>(sizeof(T)), 0);
+                    float number[kLanes];
+                    rows.get(turn, number);
+#pragma unroll
+                    for (int i = 0; i < kLanes; ++i) number[i] += Addition<T>::begin(shortcut.lane[i]);
+                    store(target + (dy * target_row + dx * target_column + channel), 0, rounded<T, false>(number));
+                }
             }
         }
         if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles);

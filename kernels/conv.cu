@@ -57,37 +57,6 @@ struct ConvForm {
     static constexpr bool kChunks = kChunks_;
 };
 
-// The part of one axis of a tile, in pixels.
-struct Span {
-    int first;   // pixel of the output image; may lie outside of it
-    int within;  // the same in its block
-    int size;
-
-    __device__ Span(const ConvAxis& axis, unsigned int block, int tile, int tile_size) {
-        within = tile * tile_size;
-        first = static_cast<int>(axis.start) + static_cast<int>(block) * static_cast<int>(axis.stride) + within;
-        const int left = static_cast<int>(axis.size) - within;
-        size = left < tile_size ? left : tile_size;
-    }
-};
-
-// Which tile of which block; what is loaded is not looked at yet.
-struct BlockNumbers {
-    unsigned int row, down, right;
-    unsigned int image, block_h, block_w;
-
-    // `number` is less than c.rows * c.tiles.
-    __device__ BlockNumbers(const Conv& c, unsigned int number) : row(c.by_tiles(number)) {
-        const unsigned int tile = number - row * static_cast<unsigned int>(c.tiles);
-        down = c.by_tiles_w(tile);
-        right = tile - down * static_cast<unsigned int>(c.tiles_w);
-        const int* triple = c.indices + row * c.index_strides[0];
-        image = triple[0];
-        block_h = triple[c.index_strides[1]];
-        block_w = triple[2 * c.index_strides[1]];
-    }
-};
-
 // A tile of the output, and the window of the input that it is computed from.
 struct ConvTile {
     bool exists;
@@ -95,12 +64,12 @@ struct ConvTile {
     Span y, x;
 
     template <typename Shape>
-    __device__ ConvTile(const Conv& c, const BlockNumbers& at, Shape)
-        : exists(at.image < c.batch && at.block_h < c.height.count && at.block_w < c.width.count),
+    __device__ ConvTile(const Conv& c, const TileNumbers& at, Shape)
+        : exists(at.exist(c)),
           image(at.image),
           row(at.row),
-          y(c.height, exists ? at.block_h : 0, at.down, Shape::kTileH),  // no coordinates that leave 32 bits
-          x(c.width, exists ? at.block_w : 0, at.right, Shape::kTileW) {}
+          y(begin(c.height, exists ? at.block_h : 0), c.height.size, at.down, Shape::kTileH),
+          x(begin(c.width, exists ? at.block_w : 0), c.width.size, at.right, Shape::kTileW) {}
 
     template <typename Shape>
     __device__ Window source(const Conv& c, Shape) const {
@@ -123,6 +92,11 @@ struct ConvTile {
     }
 
    private:
+    // The first pixel of a block that exists: no coordinates that leave 32 bits.
+    __device__ static int begin(const ConvAxis& axis, unsigned int block) {
+        return static_cast<int>(axis.start) + static_cast<int>(block) * static_cast<int>(axis.stride);
+    }
+
     __device__ Window window_at(const int64 (&strides)[4], bool stack, int top, int left) const {
         Window window;
         window.row_stride = static_cast<int>(strides[1]);
@@ -196,15 +170,17 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
     const StepWords* weights =
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
 
+    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
+    list_offsets<Shape, Staged::kPitch>(offsets);
+    wait_for_earlier_kernels();
+
     const int64 active = *c.bin_counts;
     const int64 tiles = (active < c.rows ? active : c.rows) * c.tiles;
-    BlockNumbers at(c, blockIdx.x);
+    TileNumbers at(c, blockIdx.x);
     // While the indices are on their way: what does not depend on them.
     const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
     using Weights = DistantWeights<Products, Layout::kN>;
     Weights distant(weights, column_stride, begin, end);
-    if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_offsets<Shape, Staged::kPitch>(offsets);
     share_channels(target_scale, target_shift, Layout::kAllColumns, c.target_scale, c.target_shift, first_feature,
                    features);
     if constexpr (Form::kActivates) {
@@ -215,7 +191,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
 
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         if (number != blockIdx.x) {
-            at = BlockNumbers(c, static_cast<unsigned int>(number));
+            at = TileNumbers(c, static_cast<unsigned int>(number));
             distant = Weights(weights, column_stride, begin, end);
         }
         const ConvTile tile(c, at, Shape());
@@ -259,6 +235,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
             Products::run(sums, rows, offsets, zeros, distant, begin, end);
             if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
         }
+        let_later_kernels_start();
         const bool stack = c.target_is_stack != 0;
         const Window target = tile.target(c, c.target_strides, stack);
         const Window residual = tile.target(c, c.residual_strides, false);

@@ -1,8 +1,8 @@
 // The cover map: which stack rows write to a block of the grid. It makes scatter deterministic: CTAs run in any
 // order, and the map tells each of them which rows share its pixels and in which order they count.
 //
-// Few rows on a grid without overlaps need no map: there only equal blocks share pixels, and each CTA looks for
-// those in the list itself, which saves two launches. `head` is null then.
+// Few rows need no map: each CTA looks for the others in the list itself, which saves two launches; where blocks do not
+// overlap, only for equal blocks. `head` is null then.
 #pragma once
 
 #include "transfer.cuh"
@@ -19,6 +19,18 @@ struct Cover {
 __device__ inline int64 cell_index(const Transfer& t, int64 n, int64 cell_h, int64 cell_w) {
     return (n * t.height.count + cell_h) * t.width.count + cell_w;
 }
+
+// The block of a row, as place() reads it.
+struct Cell {
+    unsigned int image, h, w;
+
+    __device__ Cell(const Transfer& t, int64 row) {
+        const int* triple = t.indices + row * t.index_strides[0];
+        image = triple[0];
+        h = static_cast<unsigned int>(triple[t.index_strides[1]]) - static_cast<unsigned int>(t.height.first);
+        w = static_cast<unsigned int>(triple[2 * t.index_strides[1]]) - static_cast<unsigned int>(t.width.first);
+    }
+};
 
 // Whether two rows hold the same triple.
 __device__ inline bool equal_rows(const Transfer& t, int64 row, int64 other) {

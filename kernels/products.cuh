@@ -45,6 +45,13 @@ __device__ inline const unsigned char* piece_at(const unsigned char* row, int of
     return offset == kNoPiece ? zeros : row + offset;
 }
 
+// What happens to the left matrix between shared memory and the product: nothing. `at` is what a lane needs for the
+// words number `word` of the pieces of one step; it is applied to such a word of piece `piece` of the step.
+struct Unchanged {
+    __device__ Unchanged at(int, int) const { return {}; }
+    __device__ unsigned int operator()(unsigned int number, int) const { return number; }
+};
+
 // On tensor cores: halves, or float32 rounded to TF32, by whoever writes the rows or (kRoundsRows) when they are read.
 template <typename T, bool kRoundsRows = false>
 struct TensorCores {
@@ -69,22 +76,25 @@ struct TensorCores {
     };
 
     // Adds steps [begin, end).
-    template <int kM, int kN, typename Source>
+    template <int kM, int kN, typename Source, typename Before = Unchanged>
     __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end) {
+                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end,
+                               const Before& before = Before()) {
         for (int k = begin; k < end; k += Source::kAhead) {
 #pragma unroll
             for (int i = 0; i < Source::kAhead; ++i) {
                 if (k + i >= end) break;
-                step(sums, rows, offsets + (k + i) * kStepPieces, zeros, source.take(i, k + i));
+                step(sums, rows, offsets + (k + i) * kStepPieces, zeros, source.take(i, k + i),
+                     before.at(k + i, threadIdx.x % 4));
                 source.refill(i);
             }
         }
     }
 
-    template <int kM, int kN, typename StepWeights>
+    template <int kM, int kN, typename StepWeights, typename Change>
     __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const StepWeights& weights) {
+                                const int* offsets, const unsigned char* zeros, const StepWeights& weights,
+                                const Change& change) {
         unsigned int a[2][kM][4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -96,6 +106,8 @@ struct TensorCores {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) a[half][m][k] = change(a[half][m][k], half * 2 + k / 2);
                 if constexpr (kRoundsRows && kRounds) {
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
@@ -140,46 +152,51 @@ struct Plain {
         }
     };
 
-    template <int kM, int kN, typename Source>
+    template <int kM, int kN, typename Source, typename Before = Unchanged>
     __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end) {
+                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end,
+                               const Before& before = Before()) {
         for (int k = begin; k < end; ++k) {
-            step(sums, rows, offsets + k * kStepPieces, zeros, source.at(k), source.column_stride);
+            for (int word = 0; word < 4; ++word) {
+                add_words(sums, rows, offsets + k * kStepPieces, zeros, source.at(k), source.column_stride, word,
+                          before.at(k, word));
+            }
         }
     }
 
-    template <int kM, int kN>
-    __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const StepWords* packed,
-                                int column_stride) {
+    // Adds one word of each piece of a step.
+    template <int kM, int kN, typename Change>
+    __device__ static void add_words(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
+                                     const int* offsets, const unsigned char* zeros, const StepWords* packed,
+                                     int column_stride, int word, const Change& change) {
         using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
-        for (int word = 0; word < 4; ++word) {
-            StepWords b[kN][2];
+        StepWords b[kN][2];
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
+        for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
-                    b[n][k] = packed[n * column_stride + column * 4 + word];
-                }
+            for (int k = 0; k < 2; ++k) {
+                const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
+                b[n][k] = packed[n * column_stride + column * 4 + word];
             }
+        }
 #pragma unroll
-            for (int piece = 0; piece < kStepPieces; ++piece) {
+        for (int piece = 0; piece < kStepPieces; ++piece) {
 #pragma unroll
-                for (int m = 0; m < kM; ++m) {
+            for (int m = 0; m < kM; ++m) {
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const auto a = load<Pair>(piece_at(rows[m][r], offsets[piece], zeros), word);
+                for (int r = 0; r < 2; ++r) {
+                    const unsigned int row =
+                        change(load<unsigned int>(piece_at(rows[m][r], offsets[piece], zeros), word), piece);
+                    const Pair a = *reinterpret_cast<const Pair*>(&row);
 #pragma unroll
-                        for (int n = 0; n < kN; ++n) {
+                    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                            for (int k = 0; k < 2; ++k) {
-                                const Pair w = *reinterpret_cast<const Pair*>(&b[n][k].lane[piece]);
+                        for (int k = 0; k < 2; ++k) {
+                            const Pair w = *reinterpret_cast<const Pair*>(&b[n][k].lane[piece]);
 #pragma unroll
-                                for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
-                                    float& sum = sums.at[m][n][2 * r + k];
-                                    sum = fma_exact(Addition<T>::begin(a.lane[i]), Addition<T>::begin(w.lane[i]), sum);
-                                }
+                            for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+                                float& sum = sums.at[m][n][2 * r + k];
+                                sum = fma_exact(Addition<T>::begin(a.lane[i]), Addition<T>::begin(w.lane[i]), sum);
                             }
                         }
                     }
@@ -229,7 +246,7 @@ struct NearWeights {
     const StepWords* packed;
     int column_stride;
 
-    __device__ NearWeights(const StepWords* columns, int stride) : packed(columns), column_stride(stride) {}
+    __device__ NearWeights(const StepWords* columns, int stride, int, int) : packed(columns), column_stride(stride) {}
 
     __device__ const StepWords* at(int step) const { return packed + step * kWarp; }
     __device__ Step take(int, int step) const { return {at(step), column_stride}; }

@@ -73,6 +73,17 @@ __device__ inline float relu_exact(float a) {
 #endif
 }
 
+// The larger one; NaN stays.
+__device__ inline float max_exact(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a < b ? b : a;
+#endif
+}
+
 // Two numbers rounded to halves, the first in the lower bits.
 __device__ inline unsigned int pack_halves(float first, float second, __half) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -266,6 +277,21 @@ __device__ inline float round_tf32(float a) {
     const unsigned int bits = static_cast<unsigned int>(__float_as_int(a));
     const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
     return is_finite ? __int_as_float(static_cast<int>((bits + 0x1000u) & 0xffffe000u)) : a;
+#endif
+}
+
+// A kernel that the host lets start before the ones in front of it in the stream are done: what comes before this waits
+// for nobody, and must not touch what they read or write. Every thread calls it.
+__device__ inline void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Such kernels behind this one may start, as far as there is room, once all CTAs have come here.
+__device__ inline void let_later_kernels_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

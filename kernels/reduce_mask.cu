@@ -13,6 +13,7 @@ namespace sbnet {
 constexpr int kPoolRows = 9;
 
 constexpr int kCompactThreads = 256;
+static_assert(kCompactThreads <= kPoolThreads, "list_active has room for as many words as threads that pool");
 
 // One axis of the block grid. Pixels are counted in 64 bits, blocks in 32.
 struct BlockAxis {
@@ -37,7 +38,7 @@ struct Reduction {
     int* indices;            // [capacity, 3]
     int* bin_counts;         // [1]
     int* host_count;         // the same in the host's memory, or null
-    unsigned int* arrivals;  // CTAs of block_activity that are done, 0 between calls; null if compact_active follows
+    unsigned int* arrivals;  // CTAs of block_activity that are done, 0 between launches; null if compact_active follows
     int64 mask_strides[3];
     BlockAxis height, width;
     Threshold threshold;
@@ -184,40 +185,70 @@ __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 imag
     return mine;
 }
 
-// Lists the active blocks of words [first, last), the first of which goes to row `next_row`; returns the row behind the
-// last.
+// A word, as the CTA that lists it knows it.
+struct ListedWord {
+    unsigned int bits;
+    int before;               // active blocks before the word's
+    int image, line, column;  // of the word's first block
+};
+
+// Lists the active blocks of words [first, last), of which the first goes to row `next_row`; returns the row behind the
+// last. Threads look at a word each, so that all words come in one trip to memory; warps list a word each, and lanes a
+// block.
 __device__ inline int list_active(const Reduction& r, unsigned int first, unsigned int last, int next_row) {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const int lane = thread % kWarp;
-    const int warps = blockDim.x * blockDim.y / kWarp;
+    __shared__ ListedWord words[kPoolThreads];
+    __shared__ int sums[kPoolThreads / kWarp];
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
 #pragma unroll 1
-    for (unsigned int chunk = first; chunk < last; chunk += kWarp) {
-        // Each warp scans kWarp words, one a lane, and lists the blocks of some, one block a lane.
-        const unsigned int word = chunk + lane < last ? r.words[chunk + lane] : 0;
-        int through = __popc(word);
+    for (unsigned int chunk = first; chunk < last; chunk += threads) {
+        const unsigned int number = chunk + thread;
+        const unsigned int bits = number < last ? r.words[number] : 0;
+        int through = __popc(bits);
 #pragma unroll
         for (int distance = 1; distance < kWarp; distance *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, through, distance);
             if (lane >= distance) through += other;
         }
-        const int words = last - chunk < kWarp ? static_cast<int>(last - chunk) : kWarp;
-#pragma unroll 4
-        for (int k = thread / kWarp; k < words; k += warps) {
-            const unsigned int bits = __shfl_sync(0xffffffffu, word, k);
-            const int row = next_row + __shfl_sync(0xffffffffu, through, k) - __popc(bits >> lane);
-            if ((bits >> lane & 1) == 0 || row >= r.capacity) continue;
-            const unsigned int line = r.by_row_words(chunk + k);
-            const unsigned int image = r.by_blocks_h(line);
-            const unsigned int column = (chunk + k - line * static_cast<unsigned int>(r.row_words)) *
-                                        static_cast<unsigned int>(r.word_blocks) + lane;
-            int* triple = r.indices + 3 * static_cast<int64>(row);
-            triple[0] = static_cast<int>(image);
-            triple[1] = static_cast<int>(line - image * static_cast<unsigned int>(r.blocks_h));
-            triple[2] = static_cast<int>(column);
+        if (lane == kWarp - 1) sums[warp] = through;
+        const unsigned int line = r.by_row_words(number);
+        const unsigned int image = r.by_blocks_h(line);
+        const unsigned int column = (number - line * static_cast<unsigned int>(r.row_words)) *
+                                    static_cast<unsigned int>(r.word_blocks);
+        __syncthreads();
+        int before = next_row + through - __popc(bits);
+#pragma unroll
+        for (int w = 0; w < kPoolThreads / kWarp; ++w) {
+            const int sum = w < warps ? sums[w] : 0;
+            if (w < warp) before += sum;
+            next_row += sum;
         }
-        next_row += __shfl_sync(0xffffffffu, through, kWarp - 1);
+        words[thread] = {bits, before, static_cast<int>(image),
+                         static_cast<int>(line - image * static_cast<unsigned int>(r.blocks_h)),
+                         static_cast<int>(column)};
+        __syncthreads();
+        const int count = last - chunk < static_cast<unsigned int>(threads) ? static_cast<int>(last - chunk) : threads;
+#pragma unroll 2
+        for (int k = warp; k < count; k += warps) {
+            const ListedWord word = words[k];
+            const int row = word.before + __popc(word.bits & ((1u << lane) - 1));
+            if ((word.bits >> lane & 1) == 0 || row >= r.capacity) continue;
+            int* triple = r.indices + 3 * static_cast<int64>(row);
+            triple[0] = word.image;
+            triple[1] = word.line;
+            triple[2] = word.column + lane;
+        }
     }
     return next_row;
+}
+
+// Makes this CTA's share of the rows from `first` on (-1, -1, -1), where that is asked for.
+__device__ inline void pad_rows(const Reduction& r, int64 first) {
+    if (r.pad == 0) return;
+    const int threads = blockDim.x * blockDim.y;
+    const int64 step = static_cast<int64>(gridDim.x) * threads;
+    int64 k = 3 * first + static_cast<int64>(blockIdx.x) * threads + threadIdx.y * blockDim.x + threadIdx.x;
+    for (; k < 3 * r.capacity; k += step) r.indices[k] = -1;
 }
 
 __device__ inline void tell_count(const Reduction& r, int count) {
@@ -225,19 +256,23 @@ __device__ inline void tell_count(const Reduction& r, int count) {
     if (r.host_count != nullptr) *r.host_count = count;
 }
 
-// Is this the last CTA of the grid to get here? It then sees what all others wrote before.
+// Is this the last CTA of the grid to get here? It then sees what all others wrote before: fences of one thread order
+// what the barriers beside them have shown to it, and what they show to the others.
 __device__ inline bool arrives_last(unsigned int* arrivals) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0 && threadIdx.y == 0) last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+        __threadfence();
+        last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
+        __threadfence();
+    }
     __syncthreads();
-    __threadfence();
     return last;
 }
 
 // One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish
-// lists the active blocks, and no other kernel need be launched.
+// lists the active blocks, and no other kernel need be launched: all rows are padded before, in time that would pass in
+// waiting for the mask.
 // Registers: at most 128.
 template <typename T, template <typename> class PoolOf, int kLanes>
 __global__ void __launch_bounds__(kPoolThreads, ctas_that_fit(PoolOf<T>::kCtas)) block_activity(const Reduction r) {
@@ -247,6 +282,7 @@ __global__ void __launch_bounds__(kPoolThreads, ctas_that_fit(PoolOf<T>::kCtas))
     int64 top, bottom;
     pixels_of(r.height, grid_row - image * static_cast<unsigned int>(r.blocks_h), top, bottom);
     const Strip strip = strip_at(r, number);
+    if (r.arrivals != nullptr) pad_rows(r, 0);
 
     const auto mine = pool_strip<T, PoolOf<T>, kLanes>(r, strip, image, top, bottom);
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -300,7 +336,7 @@ __global__ void __launch_bounds__(kCompactThreads) count_active(const Reduction 
 
 // Each CTA lists the active blocks of its tile, behind those of all tiles before it. It counts those itself: to read
 // some thousand words once more takes less time than to wait for another kernel.
-// Registers: at most 40.
+// Registers: at most 48.
 __global__ void __launch_bounds__(kCompactThreads) compact_active(const Reduction r) {
     const int64 begin = blockIdx.x * r.tile;
     const int64 end = begin + r.tile < r.words_end ? begin + r.tile : r.words_end;
@@ -316,11 +352,7 @@ __global__ void __launch_bounds__(kCompactThreads) compact_active(const Reductio
     sum_threads(before, count);
     list_active(r, static_cast<unsigned int>(begin), static_cast<unsigned int>(end), before);
     if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, count);
-    if (r.pad == 0) return;
-    const int64 step = static_cast<int64>(gridDim.x) * kCompactThreads;
-    for (int64 k = 3 * int64{count} + blockIdx.x * kCompactThreads + threadIdx.x; k < 3 * r.capacity; k += step) {
-        r.indices[k] = -1;
-    }
+    pad_rows(r, count);
 }
 
 }  // namespace sbnet

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kMaxThreads, kCtas<Combine, Index>) scatter(co
     const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, share.row);
     if constexpr (kOverlaps) {
         __shared__ Nearby tables[kMaxThreads / kWarp];
-        Nearby& nearby = tables[threadIdx.x / kWarp];
-        const OverlapTask<Combine, Index, kBlockH, kBlockW> task(t, cover, at, share.row, nearby);
+        Nearby& nearby = tables[cover.head == nullptr ? 0 : threadIdx.x / kWarp];
+        const OverlapTask<Combine, Index, kBlockH, kBlockW, true> task(t, cover, at, share.row, nearby);
         if (task.idle) return;
         const auto owns = [&](Index row, Index column) { return task.owns(row, column); };
         put_columns<Combine, kOrder, Index, kBlockH, kBlockW>(t, at, share, owns);
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) scatter_tiled(const Transfer 
         __shared__ Nearby tables[kTileThreads / kWarp];
         Nearby& nearby = tables[threadIdx.x / kWarp];
         const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, row);
-        const OverlapTask<Combine, Index, kBlockH, kBlockW> task(t, cover, at, row, nearby);
+        const OverlapTask<Combine, Index, kBlockH, kBlockW, false> task(t, cover, at, row, nearby);
         if (task.idle) return;
         if (threadIdx.x == 0) members[0] = {at, task.near, false};
         __syncthreads();

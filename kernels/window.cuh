@@ -22,6 +22,45 @@ struct Window {
     __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
 
+// Which tile of which block a CTA takes; what is loaded is not looked at yet. Of a kernel's argument it takes the list of
+// blocks and how they are cut.
+struct TileNumbers {
+    unsigned int row, down, right;
+    unsigned int image, block_h, block_w;
+
+    // `number` is less than a.rows * a.tiles.
+    template <typename Argument>
+    __device__ TileNumbers(const Argument& a, unsigned int number) : row(a.by_tiles(number)) {
+        const unsigned int tile = number - row * static_cast<unsigned int>(a.tiles);
+        down = a.by_tiles_w(tile);
+        right = tile - down * static_cast<unsigned int>(a.tiles_w);
+        const int* triple = a.indices + row * a.index_strides[0];
+        image = triple[0];
+        block_h = triple[a.index_strides[1]];
+        block_w = triple[2 * a.index_strides[1]];
+    }
+
+    template <typename Argument>
+    __device__ bool exist(const Argument& a) const {
+        return image < a.batch && block_h < a.height.count && block_w < a.width.count;
+    }
+};
+
+// The part of one axis of a tile, in pixels.
+struct Span {
+    int first;   // pixel of the output image; may lie outside of it
+    int within;  // the same in its block
+    int size;
+
+    // Of the block from pixel `block` on.
+    __device__ Span(int block, int64 block_size, int tile, int tile_size) {
+        within = tile * tile_size;
+        first = block + within;
+        const int left = static_cast<int>(block_size) - within;
+        size = left < tile_size ? left : tile_size;
+    }
+};
+
 // Which part [begin, end) of `size` pixels from pixel `first` on lies in [0, extent).
 __device__ inline void inside_of(int first, int size, int extent, int& begin, int& end) {
     begin = first < 0 ? -first : 0;
@@ -64,6 +103,54 @@ struct ChannelAffine {
     __device__ float operator()(float x, int i) const {
         const float y = fma_exact(x, scale[i / kAtOnce].lane[i % kAtOnce], shift[i / kAtOnce].lane[i % kAtOnce]);
         return has_relu ? relu_exact(y) : y;
+    }
+};
+
+// A step max(x * scale + shift, 0), or without the maximum, of a matrix on its way into a product, whose rows hold
+// kPieces pieces of channels in order. What is added to the last step is zero and stays so.
+template <typename T, int kPieces, bool kRounds>
+struct ActivatedRows {
+    static constexpr int kNumbers = 4 / static_cast<int>(sizeof(T));  // in a word
+    static constexpr bool kWholeSteps = kPieces % kStepPieces == 0;
+    using Numbers = Vec<float, kNumbers>;
+
+    const float *scales, *shifts;  // in shared memory
+    float least;                   // 0, or what leaves all numbers as they are
+
+    __device__ ActivatedRows(const float* scales, const float* shifts, bool relu)
+        : scales(scales), shifts(shifts), least(relu ? 0.0f : -__int_as_float(0x7f800000)) {}
+
+    struct Words {
+        Numbers scale[kStepPieces], shift[kStepPieces];
+        float least;
+        int pieces;  // that exist
+
+        __device__ unsigned int operator()(unsigned int word, int piece) const {
+            if (!kWholeSteps && piece >= pieces) return word;
+            const auto number = *reinterpret_cast<const Vec<T, kNumbers>*>(&word);
+            float result[kNumbers];
+#pragma unroll
+            for (int i = 0; i < kNumbers; ++i) {
+                const float x = Addition<T>::begin(number.lane[i]);
+                result[i] = max_exact(fma_exact(x, scale[piece].lane[i], shift[piece].lane[i]), least);
+            }
+            const auto whole = rounded<T, kRounds>(result);
+            return *reinterpret_cast<const unsigned int*>(&whole);
+        }
+    };
+
+    __device__ Words at(int step, int word) const {
+        Words words;
+        words.least = least;
+        words.pieces = kPieces - step * kStepPieces;
+#pragma unroll
+        for (int piece = 0; piece < kStepPieces; ++piece) {
+            const int channel = (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
+            if (!kWholeSteps && piece >= words.pieces) continue;
+            words.scale[piece] = load_lanes<float, kNumbers>(scales, channel);
+            words.shift[piece] = load_lanes<float, kNumbers>(shifts, channel);
+        }
+        return words;
     }
 };
 
@@ -144,7 +231,8 @@ struct SharedWindow {
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
                 const int at = pixel(first + u);
-                numbers[u] = load<Vec<T, kPiece<T>>>(place(at < kPixels ? at : 0), 0);
+                numbers[u] = Vec<T, kPiece<T>>{};
+                if (at < kPixels) numbers[u] = load<Vec<T, kPiece<T>>>(place(at), 0);
             }
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
@@ -230,34 +318,29 @@ struct Warps {
     __device__ int column_of(int n) const { return column + n * kColumns + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
-// The sums of one warp, laid out by rows, so that a thread can take kLanes neighbouring ones of a row: memory is written
+// Sums of 16 rows of one warp, laid out so that a thread can take kLanes neighbouring ones of a row: memory is written
 // fastest in long pieces. Only the warp's own threads use its part of the shared memory.
-template <typename Layout, int kLanes>
+template <int kN, int kLanes>
 struct WarpRows {
-    static constexpr int kWidth = Layout::kN * kColumns, kHeight = Layout::kM * kRows;
+    static constexpr int kWidth = kN * kColumns;
     // Such that the stores of a warp meet no bank twice.
-    static constexpr int kPitch = kWidth + (Layout::kN % 2 == 0 ? kColumns : 0);
-    static constexpr int kBytes = kProductWarps * kHeight * kPitch * 4;  // of all warps
-    static constexpr int kPieces = kWidth / kLanes, kAll = kHeight * kPieces;
+    static constexpr int kPitch = kWidth + (kN % 2 == 0 ? kColumns : 0);
+    static constexpr int kPieces = kWidth / kLanes, kAll = kRows * kPieces;
     static constexpr int kTurns = (kAll + kWarp - 1) / kWarp;
 
     float* own;
 
-    __device__ explicit WarpRows(float* shared)
-        : own(shared + static_cast<int>(threadIdx.x) / kWarp * kHeight * kPitch) {}
+    __device__ explicit WarpRows(float* shared) : own(shared + static_cast<int>(threadIdx.x) / kWarp * kRows * kPitch) {}
 
-    __device__ void put(const Sums<Layout::kM, Layout::kN>& sums) const {
+    __device__ void put(const float (&sums)[kN][4]) const {
         const int lane = threadIdx.x % kWarp;
         __syncwarp();
 #pragma unroll
-        for (int m = 0; m < Layout::kM; ++m) {
+        for (int n = 0; n < kN; ++n) {
 #pragma unroll
-            for (int n = 0; n < Layout::kN; ++n) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    store_lanes(own, (m * kRows + r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
-                                Vec<float, 2>{{sums.at[m][n][2 * r], sums.at[m][n][2 * r + 1]}});
-                }
+            for (int r = 0; r < 2; ++r) {
+                store_lanes(own, (r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
+                            Vec<float, 2>{{sums[n][2 * r], sums[n][2 * r + 1]}});
             }
         }
         __syncwarp();

@@ -6,6 +6,8 @@ import functools
 import importlib
 from types import ModuleType
 
+import numpy as np
+
 
 @functools.cache
 def transfer() -> ModuleType:
@@ -13,6 +15,12 @@ def transfer() -> ModuleType:
     from . import _transfer
 
     return _transfer
+
+
+@functools.cache
+def memory(xp: ModuleType) -> ModuleType:
+    """New arrays and copies of whole ones, of CuPy; or of NumPy, in a module that does not need CuPy."""
+    return importlib.import_module(f"{__package__}.{'_host_memory' if xp is np else '_memory'}")
 
 
 @functools.cache

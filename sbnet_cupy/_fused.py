@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
-from . import _jit
+from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
 from ._conv_geometry import Layer, Pair
 from ._fused_plan import (
@@ -121,7 +120,7 @@ def convolve(
         *before.addresses,
         *after.addresses,
     )
-    _jit.launch_shared(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
+    _jit.launch_early(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -257,7 +256,7 @@ def bottleneck(
         channels.data.ptr,
         _meetings.place(call.device) if call.in_place else 0,
     )
-    _jit.launch_shared(
+    _jit.launch_early(
         ready.instance, (ready.ctas, 1, 1), (THREADS, 1, 1), ready.shared, argument, together=call.in_place
     )
 
@@ -311,53 +310,3 @@ def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Tem
             int(call.is_stack),
         ],
     )
-
-
-class _Meetings:
-    """Counters, zero between launches, at which the CTAs of a grid meet.
-
-    Launches of one stream follow each other and share a pair. A captured launch may later run beside any other, so it
-    has a pair that is never given to another.
-    """
-
-    #: Bytes of a pair, and pairs that are allocated at once.
-    _bytes, _pairs = 8, 1 << 16
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: dict[int, list[Any]] = {}
-        self._of_stream: dict[tuple[int, int], int] = {}
-
-    def place(self, device: int) -> int:
-        """Address of the pair for a launch on the current stream."""
-        stream = cupy.cuda.get_current_stream()
-        if stream.is_capturing():
-            return self._take(device)
-        key = (device, stream.ptr)
-        found = self._of_stream.get(key)
-        if found is None:
-            found = self._of_stream[key] = self._take(device)
-        return found
-
-    def _take(self, device: int) -> int:
-        with self._lock:
-            slab = self._free.get(device)
-            if slab is None or slab[1] == self._pairs:
-                slab = self._free[device] = [self._allocate(), 0]
-            slab[1] += 1
-            return slab[0].ptr + self._bytes * (slab[1] - 1)  # type: ignore[no-any-return]
-
-    def _allocate(self) -> Any:
-        # Not of an allocator that is current only now, such as the one of a graph that is being captured.
-        memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(self._bytes * self._pairs), 0)
-        # On a stream of its own: the current one may be capturing.
-        side = cupy.cuda.Stream(non_blocking=True)
-        memory.memset_async(0, self._bytes * self._pairs, side)
-        side.synchronize()
-        _slabs.append(memory)
-        return memory
-
-
-#: Slabs are never freed: graphs may hold addresses in them.
-_slabs: list[Any] = []
-_meetings = _Meetings()

@@ -68,9 +68,9 @@ class WarpLayout(NamedTuple):
 
     @property
     def result_bytes(self) -> int:
-        """Shared memory in which each warp lays its sums out by rows."""
+        """Shared memory in which each warp lays 16 rows of its sums out."""
         pitch = self.n * COLUMNS + (COLUMNS if self.n % 2 == 0 else 0)
-        return WARPS * self.m * ROWS * pitch * 4
+        return WARPS * ROWS * pitch * 4
 
     @property
     def expression(self) -> str:
@@ -178,21 +178,34 @@ _WAITS = 2500
 #: Clocks of an exchange of sums, besides its traffic, and of a pass over the channels of a result.
 _EXCHANGE, _PASS = 500, 600
 
+#: Clocks of a step, whatever it moves: what a warp loads is only then multiplied.
+_STEP = 80
+
 
 def exchange_clocks(layout: WarpLayout) -> float:
     """Clocks in which warps add up their parts."""
     return _EXCHANGE + 2 * layout.exchanged_bytes / _SHARED if layout.depth > 1 else 0
 
 
-def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> float:
-    """Clocks of one product of a CTA by what bounds it: arithmetic, shared memory, or the way of the weights."""
+def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool, copies: float = 1) -> float:
+    """Clocks of a product of a CTA by what bounds it: arithmetic, shared memory, or the way of `copies` of weights."""
     depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
     rate = (_TENSOR * 2 // itemsize) if tensor else _PLAIN
     arithmetic = layout.rows * layout.columns * depth / rate
     per_step = layout.m * 1024 + layout.n * 512
     traffic = WARPS / layout.depth * steps * per_step / _SHARED
-    weights = layout.columns * depth * itemsize / _L2
-    return max(arithmetic, traffic, weights) + 0.25 * (arithmetic + traffic)
+    weights = copies * layout.columns * depth * itemsize / _L2
+    return max(arithmetic, traffic, weights) + 0.25 * (arithmetic + traffic) + _STEP * steps / layout.depth
+
+
+#: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
+_ACTIVATION = {2: 8, 4: 4}
+
+
+def activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
+    """Clocks in which warps activate what they read; those that share rows do it each for itself."""
+    words = steps / layout.depth * 8 * layout.m
+    return WARPS / 4 * words * _ACTIVATION[itemsize]
 
 
 def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> float:
@@ -240,11 +253,14 @@ class BottleneckPlan:
     ctas: int
 
 
-#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product, by the size of a number: what is
-#: added to them takes registers too. TF32 on Hopper has room for more (bottlenecks of 192/48 and 384/96 channels on an
-#: H200: 16.2 and 14.0 us, not 20.3 and 15.2); on Ampere the assembler would spill.
-_PASS_SUMS = {2: 12, 4: 4}
-_HOPPER, _HOPPER_TF32_SUMS = 90, 6
+#: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product. Bottlenecks of 96/24 channels on
+#: an H200 took 14.4 us in TF32 with 8, 15.4 with 6 and 15.0 with 12; 9.7 us in float16 with 8, and 10.3 with 12.
+_PASS_SUMS = 8
+
+#: Bytes of the weights of a product up to which they are kept in shared memory, where several warps read the same. All
+#: of them have to be there before the first step; larger ones are faster read step by step. On an H200, of 18 KiB: 9.7
+#: against 10.3 us; of 36 and 32 KiB: 15.3 against 14.2, and 8.4 against 8.1.
+_NEAR_BYTES = 25 << 10
 
 
 @functools.lru_cache(maxsize=1024)
@@ -258,17 +274,16 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
     """All plans that fit, with the best layouts for each size of tiles."""
     if problem.channels % COLUMNS or problem.inner % COLUMNS:
         return
-    tf32 = problem.uses_tensor_cores and problem.itemsize == 4
-    most = _HOPPER_TF32_SUMS if tf32 and limits.capability == _HOPPER else _PASS_SUMS[problem.itemsize]
     for tile in tiles_of(problem.block):
         halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
         layouts = tuple(
-            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, bound, problem)
-            for (rows, features, steps, bound) in zip(
+            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, bound, activates, problem)
+            for (rows, features, steps, bound, activates) in zip(
                 (halo, pixels, pixels),
                 (problem.inner, problem.inner, problem.channels),
                 bottleneck_steps(problem),
-                (None, None, most),
+                (None, None, _PASS_SUMS),
+                (True, False, False),
             )
         )
         if None in layouts:
@@ -277,16 +292,15 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
         table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem))) + 8 * problem.channels + 16 * problem.inner
         middle = halo * pitch_of(problem.inner // lanes)
         window = halo * pitch_of(problem.channels // lanes)
-        tile_bytes = pixels * pitch_of(problem.inner // lanes)
         first, second, third = layouts
-        later = max(first.exchanged_bytes, second.exchanged_bytes + tile_bytes + third.result_bytes)  # type: ignore[union-attr]
-        shared = table + middle + max(window, later)
+        exchanged = max(first.exchanged_bytes, second.exchanged_bytes, third.result_bytes)  # type: ignore[union-attr]
+        shared = table + middle + window + exchanged
         near = 0
         features = (problem.inner, problem.inner, problem.channels)
         for number, (count, steps) in enumerate(zip(features, bottleneck_steps(problem))):
-            weights = count // COLUMNS * steps * 512
-            # Where warps share rows only, each would fetch all weights of its columns itself.
-            if layouts[number].warps_m > 1 and shared + weights <= limits.cta_shared:  # type: ignore[union-attr]
+            weights = weight_bytes(count // COLUMNS, steps)
+            shares = layouts[number].warps_m > 1  # type: ignore[union-attr]
+            if shares and weights <= _NEAR_BYTES and shared + weights <= limits.cta_shared:
                 near |= 1 << number
                 shared += weights
         if shared <= limits.cta_shared:
@@ -323,14 +337,31 @@ def bottleneck_steps(problem: BottleneckProblem) -> tuple[int, int, int]:
     return first, second, third
 
 
+def weight_bytes(columns: int, steps: int) -> int:
+    """Packed weights of so many groups of 8 columns."""
+    return columns * steps * STEP_PIECES * PIECE_BYTES * COLUMNS
+
+
+def weight_copies(layout: WarpLayout, columns: int, steps: int) -> float:
+    """How often a product's weights come from the L2 cache, in effect: the L1 cache catches some that warps share."""
+    return 1 if weight_bytes(columns, steps) <= _NEAR_BYTES else 1 + 0.75 * (layout.warps_m - 1)
+
+
 def _best_layout(
-    row_tiles: int, column_tiles: int, steps: int, most: int | None, problem: BottleneckProblem
+    row_tiles: int,
+    column_tiles: int,
+    steps: int,
+    most: int | None,
+    activates: bool,
+    problem: BottleneckProblem,
 ) -> WarpLayout | None:
     """The layout with the fewest clocks for all columns: all at once, unless `most` bounds the sums of a pass."""
 
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
-        product = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores)
+        copies = weight_copies(layout, column_tiles, steps)
+        product = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores, copies)
+        product += activation_clocks(layout, steps, problem.itemsize) if activates else 0.0
         # What is read and written in rows of fewer bytes than a few sectors of memory takes longer.
         row = layout.n * COLUMNS * problem.itemsize
         rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
@@ -355,8 +386,10 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     clocks = 0.0
     for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
         passes = problem.channels // layout.columns if number == 2 else 1
-        product = product_clocks(layout, steps, itemsize, tensor)
+        columns = (problem.channels if number == 2 else problem.inner) // COLUMNS
+        product = product_clocks(layout, steps, itemsize, tensor, weight_copies(layout, columns, steps))
         clocks += passes * (product + exchange_clocks(layout) + _PASS)
+    clocks += activation_clocks(plan.layouts[0], bottleneck_steps(problem)[0], itemsize)
     pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
     share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
     clocks += pixels * problem.channels * itemsize / share

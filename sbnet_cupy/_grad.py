@@ -10,27 +10,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _device
 from ._gather import sparse_gather
 from ._geometry import BlockGrid, parse_grid
 from ._scatter import sparse_scatter_var
 from ._validate import (
     Look,
+    Reach,
     Spec,
     array_namespace,
     check_addable,
     check_image,
     check_indices,
     check_like,
-    check_output,
     check_place,
+    check_separate,
     current_device,
     look_at,
-    spec_of,
+    output_reach,
+    reach_of,
     stack_axes,
     stack_shape,
 )
 
 IMAGE_AXES = "N, H, W, C"
+
+_INT32 = np.dtype(np.int32)
 
 
 def sparse_gather_grad(
@@ -87,13 +92,13 @@ def sparse_gather_grad(
     xp = array_namespace(inputs, out)
     grid, shape = parse_grid(bsize, boffset, bstride), _parse_shape(x_shape)
     looks, device = tuple(map(look_at, inputs.values())), current_device(xp)
-    _check_stack(*looks, shape, grid, bool(transpose), device)
+    reaches = _check_stack(*looks, shape, grid, bool(transpose), device)
     if out is None:
-        out = xp.zeros(shape, grad_blocks.dtype)
+        out = _device.memory(xp).zeros(shape, grad_blocks.dtype)
     else:
-        _check_out("out", out, "grad_blocks", grad_blocks.dtype, shape, IMAGE_AXES, device)
-        check_output("out", out, **inputs)
-        out[...] = 0
+        reach = _check_out("out", look_at(out), "grad_blocks", grad_blocks.dtype, shape, IMAGE_AXES, device)
+        check_separate("out", out, reach, inputs, reaches)
+        _device.memory(xp).clear(out)
     options = {**grid._asdict(), "add": True, "atomic": True, "transpose": bool(transpose)}
     return sparse_scatter_var(grad_blocks, bin_counts, active_block_indices, out, **options)
 
@@ -166,14 +171,16 @@ def sparse_scatter_grad(
     outs = (None, None) if out is None else _parse_outs(out)
     xp = array_namespace({**named, **_given(outs)})
     grid, transpose = parse_grid(bsize, boffset, bstride), bool(transpose)
-    _check_image(*map(look_at, named.values()), current_device(xp))
-    _check_outs(outs, named, grid, transpose, current_device(xp))
+    device = current_device(xp)
+    reaches = _check_image(*map(look_at, named.values()), device)
+    if out is not None:
+        _check_outs(outs, named, reaches, grid, transpose, device)
     rows = Rows(xp, bin_counts, active_block_indices, grid)
     grad_blocks = rows.grad_of_blocks(grad_y, bool(add), transpose, outs[0])
     if not add:
         return ScatterGrad(grad_blocks, rows.grad_of_base(grad_y, outs[1]))
     if outs[1] is not None:
-        xp.copyto(outs[1], grad_y)
+        _device.memory(xp).copyto(outs[1], grad_y)
     return ScatterGrad(grad_blocks, grad_y if outs[1] is None else outs[1])
 
 
@@ -200,17 +207,18 @@ class Rows(NamedTuple):
 
     def grad_of_base(self, grad_y: Any, out: Any) -> Any:
         """The gradient by the base."""
+        memory = _device.memory(self.xp)
         if out is None:
-            out = grad_y.copy(order="K")
+            out = memory.copy_of(grad_y)
         else:
-            self.xp.copyto(out, grad_y)
+            memory.copyto(out, grad_y)
         self.clear(out)
         return out
 
     def clear(self, x: Any) -> None:
         """Zero the pixels of the blocks in `x`."""
         xp, shape = self.xp, stack_shape(self.indices.shape[0], x.shape[3], self.grid, transpose=False)
-        nothing = xp.broadcast_to(xp.zeros((1, *shape[1:]), x.dtype), shape)
+        nothing = xp.broadcast_to(_device.memory(xp).zeros((1, *shape[1:]), x.dtype), shape)
         sparse_scatter_var(nothing, self.bin_counts, self.indices, x, **self.grid._asdict())
 
     def _without_rewritten(self, shape: Sequence[int]) -> Any:
@@ -218,17 +226,18 @@ class Rows(NamedTuple):
         height, width = self.grid.axes(shape[1], shape[2])
         # An image with one pixel for each block of the grid.
         cells = BlockGrid((1, 1), (-height.first, -width.first), (1, 1))
-        last = self.xp.zeros((shape[0], height.count, width.count, 1), np.int32)
-        sparse_scatter_var(self.numbers, self.bin_counts, self.indices, last, **cells._asdict())
-        is_last = self._gather(last, cells, self.indices) == self.numbers
+        last = _device.memory(self.xp).zeros((shape[0], height.count, width.count, 1), _INT32)
+        numbers = self.numbers
+        sparse_scatter_var(numbers, self.bin_counts, self.indices, last, **cells._asdict())
+        is_last = self._gather(last, cells, self.indices) == numbers
         return self.xp.where(is_last.reshape(-1, 1), self.indices, np.int32(-1))
 
     def _gather_last(self, grad_y: Any, transpose: bool, out: Any) -> Any:
         """Gather, but 0 in each pixel that a later row writes again."""
-        last = self.xp.zeros((*grad_y.shape[:3], 1), np.int32)
+        last = _device.memory(self.xp).zeros((*grad_y.shape[:3], 1), _INT32)
         numbers = self.xp.broadcast_to(self.numbers, (self.indices.shape[0], *self.grid.bsize, 1))
         sparse_scatter_var(numbers, self.bin_counts, self.indices, last, **self.grid._asdict())
-        is_rewritten = self.xp.not_equal(self._gather(last, self.grid, self.indices), self.numbers)
+        is_rewritten = self.xp.not_equal(self._gather(last, self.grid, self.indices), numbers)
         out = self._gather(grad_y, self.grid, self.indices, transpose, out)
         stack = out.transpose(0, 2, 3, 1) if transpose else out
         # As bits, where not every library knows the dtype. False is a 0 of every dtype, bool among them.
@@ -263,32 +272,40 @@ def _given(outs: tuple[Any, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1024)
 def _check_stack(
     blocks: Look, counts: Look, rows: Look, shape: tuple[int, ...], grid: BlockGrid, transpose: bool, device: int
-) -> None:
-    """Raise unless this is the gradient by a stack, which can be summed."""
+) -> tuple[Reach, ...]:
+    """Raise unless this is the gradient by a stack, which can be summed; return what each array reaches."""
     stack, bin_counts, indices = Spec(*blocks), Spec(*counts), Spec(*rows)
     check_indices(bin_counts, indices)
     check_addable("grad_blocks", stack)
     expected = stack_shape(indices.shape[0], shape[3], grid, transpose)
     check_like("grad_blocks", stack, stack.dtype, expected, stack_axes(transpose))
-    _check_places(device, grad_blocks=stack, bin_counts=bin_counts, active_block_indices=indices)
+    return _check_places(device, grad_blocks=stack, bin_counts=bin_counts, active_block_indices=indices)
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_image(image: Look, counts: Look, rows: Look, device: int) -> None:
-    """Raise unless this is the gradient by an image tensor."""
+def _check_image(image: Look, counts: Look, rows: Look, device: int) -> tuple[Reach, ...]:
+    """Raise unless this is the gradient by an image tensor; return what each array reaches."""
     grad_y, bin_counts, indices = Spec(*image), Spec(*counts), Spec(*rows)
     check_image("grad_y", grad_y)
     check_indices(bin_counts, indices)
-    _check_places(device, grad_y=grad_y, bin_counts=bin_counts, active_block_indices=indices)
+    return _check_places(device, grad_y=grad_y, bin_counts=bin_counts, active_block_indices=indices)
 
 
-def _check_places(device: int, **specs: Spec) -> None:
+def _check_places(device: int, **specs: Spec) -> tuple[Reach, ...]:
     for name, spec in specs.items():
         check_place(name, spec, device)
+    return tuple(map(reach_of, specs.values()))
 
 
-def _check_outs(outs: tuple[Any, Any], inputs: dict[str, Any], grid: BlockGrid, transpose: bool, device: int) -> None:
-    """Raise unless the results can be put there."""
+def _check_outs(
+    outs: tuple[Any, Any],
+    inputs: dict[str, Any],
+    reaches: tuple[Reach, ...],
+    grid: BlockGrid,
+    transpose: bool,
+    device: int,
+) -> None:
+    """Raise unless the results can be put there. What the inputs reach is known already."""
     grad_y = inputs["grad_y"]
     rows = inputs["active_block_indices"].shape[0]
     shapes = (stack_shape(rows, grad_y.shape[3], grid, transpose), grad_y.shape)
@@ -296,13 +313,17 @@ def _check_outs(outs: tuple[Any, Any], inputs: dict[str, Any], grid: BlockGrid, 
     for name, out in _given(outs).items():
         number = int(name == "out[1]")
         axes = (stack_axes(transpose), IMAGE_AXES)[number]
-        _check_out(name, out, "grad_y", grad_y.dtype, shapes[number], axes, device)
-        check_output(name, out, **taken)
-        taken[name] = out
+        reach = _check_out(name, look_at(out), "grad_y", grad_y.dtype, shapes[number], axes, device)
+        check_separate(name, out, reach, taken, reaches)
+        taken[name], reaches = out, (*reaches, reach)
 
 
+@functools.lru_cache(maxsize=1024)
 def _check_out(
-    name: str, out: Any, like: str, dtype: np.dtype[Any], shape: tuple[int, ...], axes: str, device: int
-) -> None:
-    check_like(name, spec_of(out), dtype, shape, axes, like)
-    check_place(name, spec_of(out), device)
+    name: str, look: Look, like: str, dtype: np.dtype[Any], shape: tuple[int, ...], axes: str, device: int
+) -> Reach:
+    """Raise unless a result can be put there; return what it would reach."""
+    out = Spec(*look)
+    check_like(name, out, dtype, shape, axes, like)
+    check_place(name, out, device)
+    return output_reach(name, out)

@@ -28,6 +28,8 @@ from ._sources import kernel_folder, sources_digest
 #: Environment variable that chooses when the default set is built: ``import`` (the default) or ``lazy``.
 MODE_VARIABLE = "SBNET_CUPY_JIT"
 
+_DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
 _kernels: dict[Instance, Any] = {}
 _lock = threading.Lock()
 _import_report = "nothing built at import"
@@ -49,19 +51,19 @@ def launch(instance: Instance, grid: Dim3, block: Dim3, *arguments: bytes) -> No
     kernel(grid, block, arguments)
 
 
-def launch_shared(
+def launch_early(
     instance: Instance, grid: Dim3, block: Dim3, shared: int, argument: bytes, together: bool = False
 ) -> None:
-    """The same with dynamic shared memory, in bytes; and perhaps with all CTAs running at the same time."""
+    """The same with dynamic shared memory, in bytes; and perhaps with all CTAs running at the same time.
+
+    The kernel may start before earlier ones of the stream are done, and waits for them itself.
+    """
     kernel = _kernels.get(instance)
     if kernel is None:
         kernel = compile_instances([instance])[0]
     if shared > kernel.max_dynamic_shared_size_bytes:
         kernel.max_dynamic_shared_size_bytes = shared
-    if together:
-        kernel.together(grid, block, (argument,), shared_mem=shared)
-    else:
-        kernel(grid, block, (argument,), shared_mem=shared)
+    kernel.early(grid, block, argument, shared, together)
 
 
 def ctas_that_fit(instance: Instance, threads: int, shared: int) -> int:
@@ -105,7 +107,7 @@ class Template:
 
 
 class _Frame(threading.local):
-    """Where the driver reads a kernel's arguments; each thread of the host has its own."""
+    """Where the driver reads a kernel's arguments and launch; each thread of the host has its own."""
 
     #: Arguments, and bytes that each has room for.
     most, room = 2, 1024
@@ -116,7 +118,22 @@ class _Frame(threading.local):
         self._pointers = (ctypes.c_void_p * self.most)(*(start + self.room * k for k in range(self.most)))
         self.arguments = memoryview(memory).cast("B")
         self.address = ctypes.addressof(self._pointers)
+        # Two CUlaunchAttribute, of 72 bytes: a name, and a value of 4 bytes at byte 8.
+        self._attributes = ctypes.create_string_buffer(2 * 72)
+        for number, name in enumerate((_PROGRAMMATIC_SERIALIZATION, _COOPERATIVE)):
+            struct.pack_into("=iii", self._attributes, number * 72, name, 0, 1)
+        self._launch = ctypes.create_string_buffer(56)
+        self.launch_address = ctypes.addressof(self._launch)
 
+    def set_launch(self, *sizes_stream_and_count: int) -> None:
+        """Fill in a CUlaunchConfig: sizes of grid and block, shared memory, stream; and how many attributes count."""
+        *sizes, stream, count = sizes_stream_and_count
+        attributes = ctypes.addressof(self._attributes)
+        struct.pack_into("=7I4xQQI", self._launch, 0, *sizes, stream, attributes, count)
+
+
+#: CUlaunchAttributeID of the driver.
+_COOPERATIVE, _PROGRAMMATIC_SERIALIZATION = 2, 6
 
 #: Dynamic shared memory that every kernel may ask for, in bytes.
 _SHARED_LIMIT = 48 << 10
@@ -132,7 +149,7 @@ class DirectKernel:
 
         self._kernel = kernel
         self._launch, self._current_stream = driver.launchKernel, get_current_stream
-        self._launch_together = driver.launchCooperativeKernel
+        self._launch_together, self._launch_early = driver.launchCooperativeKernel, _early_launcher()
         self._shared_limit = _SHARED_LIMIT
 
     @property
@@ -159,13 +176,44 @@ class DirectKernel:
         stream, function = self._current_stream().ptr, self._kernel.kernel.ptr
         self._launch(function, x, y, z, threads_x, threads_y, threads_z, shared_mem, stream, frame.address, 0)
 
-    def together(self, grid: Dim3, block: Dim3, arguments: tuple[bytes, ...], shared_mem: int) -> None:
-        """Launch CTAs that wait for each other; the driver refuses more than fit on the device."""
-        (argument,) = arguments
+    def early(self, grid: Dim3, block: Dim3, argument: bytes, shared: int, together: bool) -> None:
+        """Launch a kernel that waits for earlier ones of the stream itself; perhaps with CTAs that wait for each other.
+
+        Where CTAs wait for each other, the driver refuses more than fit on the device.
+        """
         frame = self._frame
         frame.arguments[: len(argument)] = argument
         stream, function = self._current_stream().ptr, self._kernel.kernel.ptr
-        self._launch_together(function, *grid, *block, shared_mem, stream, frame.address)
+        if self._launch_early is None:
+            if together:
+                self._launch_together(function, *grid, *block, shared, stream, frame.address)
+            else:
+                self._launch(function, *grid, *block, shared, stream, frame.address, 0)
+            return
+        frame.set_launch(*grid, *block, shared, stream, 2 if together else 1)
+        status = self._launch_early(frame.launch_address, function, frame.address, None)
+        if status:
+            from cupy.cuda import driver
+
+            raise driver.CUDADriverError(status)
+
+
+@functools.cache
+def _early_launcher() -> Any:
+    """The driver's cuLaunchKernelEx, or None if not all devices and the driver let kernels start early."""
+    from cupy.cuda import Device, runtime
+
+    devices = map(Device, range(runtime.getDeviceCount()))
+    oldest = min(int(device.compute_capability) for device in devices)
+    if runtime.driverGetVersion() < _EARLY_DRIVER or oldest < _EARLY_CAPABILITY:
+        return None
+    launcher = ctypes.CDLL(_DRIVER_LIBRARY).cuLaunchKernelEx
+    launcher.argtypes = [ctypes.c_void_p] * 4
+    return launcher
+
+
+#: The first driver, of CUDA 12.3, that captures such launches into graphs, and the first compute capability with them.
+_EARLY_DRIVER, _EARLY_CAPABILITY = 12030, 90
 
 
 def compile_instances(instances: Sequence[Instance]) -> list[Any]:
@@ -363,9 +411,8 @@ _GROUP = 12
 
 def _driver_sees_device() -> bool:
     """Ask the driver for its devices without importing CuPy, which takes most of a second."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(name)
+        driver = ctypes.CDLL(_DRIVER_LIBRARY)
         count = ctypes.c_int()
         return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
     except (OSError, AttributeError):

@@ -37,6 +37,10 @@ _ENOUGH_CTAS = 2048
 #: and 3.5 us for 110 rows, 10.4 and 8.5 us for 512, 23.0 and 22.6 us for 1024, 40.3 and 43.4 us for 2048.
 LISTED_ROWS = 1024
 
+#: The same where blocks overlap, and more is to be found; but not in tiles, whose kernels have no registers to spare.
+#: kernels/overlap.cuh has room for so many.
+LISTED_OVERLAPS = 512
+
 #: CTAs of a launch at most, where each of them can do more.
 _MOST_CTAS = 2**31 - 1
 

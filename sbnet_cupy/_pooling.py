@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from . import _jit
+from . import _jit, _meetings
 from ._geometry import Axis, BlockGrid
 from ._instances import COMPACT_ACTIVE, COUNT_ACTIVE, Instance, activity_instance, mask_lanes
 from ._plan import division
@@ -28,8 +27,8 @@ _ROWS = 9
 #: More would read a small mask no faster, and leave more words to compact.
 _ENOUGH_CTAS = 66
 
-#: Where the host waits for the count and words are at most so many, the last CTA compacts: the host saves a launch, but
-#: one CTA lists all blocks, which takes about a microsecond for each hundred words.
+#: Where words are at most so many, the last CTA of pooling compacts them: a launch is saved, but one CTA lists all
+#: blocks.
 _FUSED_WORDS = 256
 
 #: Words that a CTA compacts: one for each warp where words are few, so that all are listed at once, else more, so that
@@ -44,20 +43,9 @@ _INT32 = np.dtype(np.int32)
 
 
 def reduce_mask(
-    mask: Any,
-    spec: Spec,
-    bcount: tuple[int, int],
-    grid: BlockGrid,
-    tol: float,
-    avgpool: bool,
-    capacity: int | None,
-    out: tuple[Any, Any] | None,
+    ready: Ready | None, mask: Any, capacity: int | None, device: int, out: tuple[Any, Any] | None
 ) -> tuple[Any, Any]:
-    """Device side of ``reduce_mask``: (indices, bin_counts). `spec` is that of `mask`, with axes [N, H, W].
-
-    `out` is memory for the two, with room for all rows.
-    """
-    ready = _prepare(spec, bcount, grid, tol, avgpool, capacity, out is not None)
+    """Run what :func:`prepare` made: (indices, bin_counts), in `out` if that is given, which has room for all rows."""
     if ready is None:
         return _nothing(capacity or 0, out)
     if out is None:
@@ -69,18 +57,20 @@ def reduce_mask(
     else:
         scratch = cupy.cuda.alloc(ready.scratch_bytes)
         indices, bin_counts = (array.data for array in out)
-    waiting = _waiting() if capacity is None else None
+    words = scratch.ptr
+    waiting = _waiting(device) if capacity is None else None
+    arrivals = _meetings.place(device, needed=False) if ready.fused else 0
     argument = ready.argument.at(
         mask.data.ptr,
-        scratch.ptr,
-        scratch.ptr + ready.tile_counts_offset if ready.tile_counts_offset else 0,
+        words,
+        words + ready.tile_counts_offset if ready.tile_counts_offset else 0,
         indices.ptr,
         bin_counts.ptr,
         waiting.count_address if waiting else 0,
-        waiting.arrivals.ptr if waiting and ready.fused else 0,
+        arrivals,
     )
     _jit.launch(ready.pooling, ready.grid, ready.block, argument)
-    if not ready.fused:
+    if not arrivals:
         if ready.tile_counts_offset:
             _jit.launch(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
         _jit.launch(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
@@ -105,10 +95,6 @@ class _Waiting:
         #: Four bytes of pinned memory, which kernels write to directly.
         self._count: np.ndarray[Any, Any] = np.frombuffer(cupy.cuda.alloc_pinned_memory(4), _INT32, 1)
         self.count_address: int = self._count.__array_interface__["data"][0]
-        #: Number of CTAs that are done. Zero between calls: the last CTA sees to that.
-        self.arrivals = cupy.cuda.alloc(4)
-        self.arrivals.memset_async(0, 4)
-        cupy.cuda.get_current_stream().synchronize()
 
     def wait(self) -> int:
         """Synchronise the current stream, and return the count."""
@@ -125,9 +111,8 @@ _per_thread = threading.local()
 _abandoned: list[Any] = []
 
 
-def _waiting() -> _Waiting:
+def _waiting(device: int) -> _Waiting:
     """The one of this thread of the host, on the current device."""
-    device = cupy.cuda.runtime.getDevice()
     known: dict[Any, _Waiting] = _per_thread.__dict__
     if device not in known:
         known[device] = _Waiting()
@@ -135,7 +120,7 @@ def _waiting() -> _Waiting:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """All of a call but the addresses. Made once for calls that look alike."""
 
     pooling: Instance
@@ -151,8 +136,7 @@ class _Ready:
     result_bytes: int
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare(
+def prepare(
     mask: Spec,
     bcount: tuple[int, int],
     grid: BlockGrid,
@@ -160,8 +144,8 @@ def _prepare(
     avgpool: bool,
     capacity: int | None,
     given: bool = False,
-) -> _Ready | None:
-    """None if no block can be active."""
+) -> Ready | None:
+    """How to reduce a mask with axes [N, H, W], into memory that is given or new; None if no block can be active."""
     threshold = _threshold(mask.dtype, grid, tol, avgpool)
     grid_rows = mask.shape[0] * bcount[0]
     if grid_rows * bcount[1] == 0 or threshold is None:
@@ -191,12 +175,12 @@ def _prepare(
         int(capacity is not None),
     ]
     ctas = grid_rows * strips.count
-    return _Ready(
+    return Ready(
         pooling=activity_instance(mask.dtype, avgpool, lanes),
         grid=(ctas, 1, 1),
         block=(strips.columns, strips.row_threads, 1),
         argument=_jit.Template(7, fields),
-        fused=capacity is None and words <= _FUSED_WORDS,
+        fused=words <= _FUSED_WORDS,
         tiles=(tiles, 1, 1),
         **_memory(words, tiles, rows, given),
     )

@@ -15,6 +15,7 @@ from . import _device, _reference
 from ._conv_geometry import BlockParams
 from ._geometry import BlockGrid, parse_grid, parse_pair
 from ._validate import (
+    Look,
     Spec,
     array_namespace,
     check_like,
@@ -22,6 +23,7 @@ from ._validate import (
     check_output,
     check_place,
     current_device,
+    look_at,
     spec_of,
 )
 
@@ -100,26 +102,41 @@ def reduce_mask(
     Notes
     -----
     With CuPy arrays, work runs on the current stream. Without `capacity` it synchronises that stream once, to read
-    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid; the first such
-    call of a thread of the host synchronises once more, to set up what it waits with. With `capacity` it does not
-    synchronise. Both results are views of one allocation, or lie in `out`. Scratch memory of 4 bytes for each up to 32
-    neighbouring blocks of a grid row lies in that allocation too where it takes less than the indices or 4 KB, and
-    otherwise goes back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of floating
-    masks, NumPy and CuPy may differ by the rounding of a float64 sum.
+    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid. With `capacity`
+    it does not synchronise, but for the first call on a device, which sets half a megabyte aside for counters and
+    waits until they are zero. Both results are views of one allocation, or lie in `out`. Scratch memory of 4 bytes for
+    each up to 32 neighbouring blocks of a grid row lies in that allocation too where it takes less than the indices or
+    4 KB, and otherwise goes back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of
+    floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.
     """
     xp = array_namespace({"mask": mask})
-    grid = parse_grid(bsize, boffset, bstride)
+    grid, device = parse_grid(bsize, boffset, bstride), current_device(xp)
     blocks, threshold, avgpool, capacity = parse_reduction(bcount, tol, avgpool, capacity)
-    spec = _check(spec_of(mask), blocks, current_device(xp))
+    launch = _prepare(look_at(mask), blocks, grid, threshold, avgpool, capacity, out is not None, device)
     if out is not None:
-        _check_out(out, mask, blocks, capacity, current_device(xp))
+        _check_out(out, mask, blocks, capacity, device)
     if xp is np:
         image = mask[..., 0] if mask.ndim == 4 else mask
         return _reduce_on_host(image, blocks, grid, threshold, avgpool, capacity, out)
-    return BlockIndices(*_device.pooling().reduce_mask(mask, spec, blocks, grid, threshold, avgpool, capacity, out))
+    return BlockIndices(*_device.pooling().reduce_mask(launch, mask, capacity, device, out))
 
 
 @functools.lru_cache(maxsize=1024)
+def _prepare(
+    look: Look,
+    blocks: tuple[int, int],
+    grid: BlockGrid,
+    tol: float,
+    avgpool: bool,
+    capacity: int | None,
+    given: bool,
+    device: int,
+) -> Any:
+    """Raise unless the mask is one, and fits the grid; choose how to reduce it on a device."""
+    spec = _check(Spec(*look), blocks, device)
+    return None if device < 0 else _device.pooling().prepare(spec, blocks, grid, tol, avgpool, capacity, given)
+
+
 def _check(mask: Spec, blocks: tuple[int, int], device: int) -> Spec:
     """Raise unless the mask is one, and fits the grid; return its spec with axes N, H, W."""
     check_mask("mask", mask)

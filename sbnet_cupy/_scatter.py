@@ -20,14 +20,12 @@ from ._validate import (
     check_image,
     check_indices,
     check_like,
-    check_output,
     check_place,
     check_separate,
     current_device,
     look_at,
     output_reach,
     reach_of,
-    spec_of,
     stack_axes,
     stack_shape,
 )
@@ -99,21 +97,25 @@ def sparse_scatter(
 
     With CuPy arrays, work runs on the current stream, without synchronisation. Besides the result and the
     copy into it, it allocates a map of 4 bytes for each block of the grid that touches the image, and
-    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows on a
-    grid whose blocks do not overlap need no map, unless the blocks are so small that several share a CTA.
+    with `add` 4 bytes for each row of the indices, both given back to CuPy's pool on return. Up to 1024 rows, or 512
+    where blocks overlap, need no map, unless the blocks are so small that several share a CTA, or overlap and are
+    turned on the way between an image that is contiguous along channels and a stack along pixels, or the reverse.
     """
     inputs = {"blocks": blocks, "bin_counts": bin_counts, "active_block_indices": active_block_indices}
     xp = array_namespace({**inputs, "x": x}, out)
     grid, flags = parse_grid(bsize, boffset, bstride), (bool(add), bool(atomic), bool(transpose))
-    looks, device = tuple(map(look_at, inputs.values())), current_device(xp)
-    _prepare(*looks, look_at(x), grid, *flags, device)
+    looks, base, device = tuple(map(look_at, inputs.values())), look_at(x), current_device(xp)
+    call = _prepare(*looks, base, grid, *flags, device)
     if out is None:
-        out = x.copy(order="K")
+        out = _device.memory(xp).copy_of(x)
     else:
-        _check_out(spec_of(out), spec_of(x), device)
-        check_output("out", out, **inputs, x=x)
-        xp.copyto(out, x)
-    _run(_prepare(*looks, look_at(out), grid, *flags, device), xp, inputs, grid, out, flags)
+        reach = _check_out(look_at(out), base, device)
+        check_separate("out", out, reach, {**inputs, "x": x}, (*call.input_reaches, call.reach))
+        _device.memory(xp).copyto(out, x)
+    given = look_at(out)
+    if given != base:
+        call = _prepare(*looks, given, grid, *flags, device)
+    _run(call, xp, inputs, grid, out, flags)
     return out
 
 
@@ -211,10 +213,13 @@ def _prepare(
     return _Call(reach, tuple(map(reach_of, inputs.values())), launch)
 
 
-def _check_out(out: Spec, x: Spec, device: int) -> None:
-    """Raise unless the result can be put there."""
+@functools.lru_cache(maxsize=1024)
+def _check_out(given: Look, image: Look, device: int) -> Reach:
+    """Raise unless the result can be put there; return what it would reach."""
+    out, x = Spec(*given), Spec(*image)
     check_like("out", out, x.dtype, x.shape, "N, H, W, C")
     check_place("out", out, device)
+    return output_reach("out", out)
 
 
 def _run(call: _Call, xp: Any, inputs: dict[str, Any], grid: BlockGrid, x: Any, flags: tuple[bool, bool, bool]) -> None:

@@ -13,7 +13,7 @@ from . import _jit
 from ._affine import IDENTITY, Affine
 from ._geometry import Axis, BlockGrid
 from ._instances import MAX_WORD, Instance, cover_instance, gather_instance, max_word, scatter_instance
-from ._plan import LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
+from ._plan import LISTED_OVERLAPS, LISTED_ROWS, MAX_THREADS, Layout, TransferPlan, division, plan_transfer
 from ._validate import Spec
 
 #: Images that an int32 index can name.
@@ -66,7 +66,7 @@ def prepare_scatter(
         return None
     plan = _plan(x, stack, transpose, max_word(x.dtype, add, grid.overlaps), True, grid.overlaps)
     argument = _argument(plan, x, stack, index_strides, grid)
-    mapped = grid.overlaps or plan.rows_per_cta > 1 or stack.shape[0] > LISTED_ROWS
+    mapped = plan.rows_per_cta > 1 or stack.shape[0] > _most_listed(plan, grid)
     instance = scatter_instance(plan.walk, grid.bsize, x.dtype, add, grid.overlaps)
     return Launch(instance, (*plan.grid, 1), (*plan.block, 1, 1), argument, cells if mapped else 0)
 
@@ -84,6 +84,13 @@ def scatter(launch: Launch, blocks: Any, bin_counts: Any, indices: Any, x: Any, 
     else:
         covered = _NO_COVER
     _jit.launch(launch.instance, launch.grid, launch.block, argument, covered)
+
+
+def _most_listed(plan: TransferPlan, grid: BlockGrid) -> int:
+    """Rows up to which there is no need of a cover map where each has CTAs of its own."""
+    if not grid.overlaps:
+        return LISTED_ROWS
+    return 0 if plan.walk.order == "tiled" else LISTED_OVERLAPS
 
 
 #: struct Cover of kernels/cover.cuh: nothing but addresses.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cases import Array, identical, lay_out
 from cpu_cuda import KernelFault, Order, device, guarded, recording, standin
-from cpu_cuda.calls import Difference
+from cpu_cuda.calls import Difference, counters
 from cpu_cuda.products import HostMultiplier
 from networks import Bounded, Geometry, Pair
 
@@ -155,12 +155,10 @@ class FusedCase:
 
     def check(self, order: Order, kernels: Path | None = None) -> None:
         """Raise `KernelFault` or `Difference` unless it computes what it must, on a CPU."""
-        from sbnet_cupy import _fused
-
         with device(order, kernels) as xp, host_products(), planned(self.plan):
             try:
                 found = self.run(xp).get()
-                meetings = [slab.owner.bytes().any() for slab in _fused._slabs]
+                meetings = [slab.owner.bytes().any() for slab in counters()]
             except KernelFault as fault:
                 raise KernelFault(f"{self.name}: {fault}") from None
         if any(meetings):

@@ -24,7 +24,7 @@ from sbnet_cupy._sources import kernel_folder
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
 
-CALLS = calls.walk_calls() + calls.large_calls() + calls.mask_calls() + calls.activate_calls()
+CALLS = calls.walk_calls() + calls.large_calls() + calls.copy_calls() + calls.mask_calls() + calls.activate_calls()
 
 orders = pytest.mark.parametrize("order", cpu_cuda.ORDERS, ids=lambda order: order.name)
 

@@ -214,6 +214,33 @@ def test_threads_with_streams_of_their_own() -> None:
     assert failures == []
 
 
+def test_masks_on_streams_side_by_side() -> None:
+    """Kernels that run at the same time do not count each other's CTAs; nor does a graph that is launched meanwhile."""
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+    masks = [random_mask((1, 400, 700), 0.1 * (k + 1), k) for k in range(len(streams))]
+    expected = [sbnet_cupy.reduce_mask(mask, (25, 44), **HALO, capacity=1100) for mask in masks]
+    on_device = [cupy.asarray(mask) for mask in masks]
+    pool = cupy.cuda.MemoryPool()
+    with streams[0], cupy.cuda.using_allocator(pool.malloc):
+        sbnet_cupy.reduce_mask(on_device[0], (25, 44), **HALO, capacity=1100)
+        streams[0].synchronize()
+        streams[0].begin_capture()
+        captured = sbnet_cupy.reduce_mask(on_device[0], (25, 44), **HALO, capacity=1100)
+        graph = streams[0].end_capture()
+    cupy.cuda.Device().synchronize()
+    found: list[list[Any]] = [[] for _ in streams]
+    for _ in range(50):
+        for k, stream in enumerate(streams):
+            with stream:
+                found[k].append(sbnet_cupy.reduce_mask(on_device[k], (25, 44), **HALO, capacity=1100))
+        graph.launch(streams[-1])
+    cupy.cuda.Device().synchronize()
+    for results, wanted in zip([*found, [captured]], [*expected, expected[0]]):
+        for result in results:
+            assert identical(result.bin_counts, wanted.bin_counts)
+            assert identical(result.active_block_indices, wanted.active_block_indices)
+
+
 def test_arrays_of_another_device_are_refused() -> None:
     array = cupy.zeros((1, 4, 4, 4), np.float32)
     memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, array, device_id=7)

@@ -129,16 +129,12 @@ def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: D
     near = sum(
         count // 8 * step * 32 * 16 for k, (count, step) in enumerate(zip(features, steps)) if plan.near >> k & 1
     )
-    window, middle, tile = (
-        count * pitch_of(channels // lanes)
-        for count, channels in ((halo, problem.channels), (halo, problem.inner), (pixels, problem.inner))
-    )
+    window, middle = (halo * pitch_of(channels // lanes) for channels in (problem.channels, problem.inner))
     exchanged = [WARPS * layout.m * layout.n * 32 * 16 if layout.depth > 1 else 0 for layout in plan.layouts]
     width = 8 * third.n
-    results = WARPS * 16 * third.m * (width + (8 if third.n % 2 == 0 else 0)) * 4
-    begin = 16 + 16 * sum(steps) + 8 * problem.channels + 16 * problem.inner + near + middle
-    after_window = max(window, exchanged[0], exchanged[1] + tile + results)
-    assert begin + after_window <= plan.shared <= limits.cta_shared
+    results = WARPS * 16 * (width + (8 if third.n % 2 == 0 else 0)) * 4
+    tables = 16 + 16 * sum(steps) + 8 * problem.channels + 16 * problem.inner
+    assert tables + near + middle + window + max(*exchanged, results) <= plan.shared <= limits.cta_shared
     assert plan.ctas == problem.rows * plan.tiles[0] * plan.tiles[1]
 
 
@@ -185,14 +181,14 @@ def stage_problems(itemsize: int, tensor: bool) -> Iterator[ConvProblem | Bottle
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_the_benchmarks_problems_have_plans(arithmetic: str) -> None:
-    """On an H200, all of them but the widest bottleneck, which takes three launches."""
+    """On an H200, all of them but the widest bottlenecks, which take three launches."""
     limits, without = LIMITS[0], set()
     for problem in stage_problems(*ARITHMETICS[arithmetic]):
         if isinstance(problem, ConvProblem):
             assert plan_conv(problem, limits) is not None
         elif plan_bottleneck(problem, limits) is None:
             without.add((problem.channels, problem.inner))
-    assert without == {(2048, 512)}
+    assert without == {(2048, 512)} | (set() if arithmetic == "float16" else {(1024, 256)})
 
 
 def test_wide_bottlenecks_have_none() -> None:

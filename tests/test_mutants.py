@@ -65,9 +65,10 @@ def scatter_families(add: bool) -> dict[str, list[Call]]:
 
     def large(how: str, order: str) -> list[Call]:
         return [
-            make(case, f"{name}-{order}", patches=patches)
+            make(case, f"{way}-{order}", patches=changes)
             for name, (case, patches) in {**calls.large_cases(order), **calls.twin_cases(order)}.items()
             if name.endswith(how) and not name.startswith(("wide", "odd"))
+            for way, changes in calls.with_lookups(name, patches).items()
         ]
 
     def near_and_far(transpose: bool) -> list[Call]:
@@ -794,8 +795,8 @@ zone-column: overlap.cuh, add_overlaps
 + column <= kBlockW - stride_w ? -1
 
 nearby-transposed: overlap.cuh, scatter_overlaps
-- head[3 * (dh + 1) + dw + 1]
-+ head[3 * (dw + 1) + dh + 1]
+- return head[3 * (dh + 1) + dw + 1]
++ return head[3 * (dw + 1) + dh + 1]
 
 nearby-below-grid: overlap.cuh, scatter_overlaps
 - cell_h < t.height.count && cell_w >= 0
@@ -810,16 +811,112 @@ nearby-barrier: overlap.cuh, add_overlaps
 +
 
 nearby-twins: overlap.cuh, add_overlaps
-- plain = cover.next[mine] == kNoRow;
-+ plain = true;
-
-rows-out-of-turn: overlap.cuh, add_overlaps
-- plain = plain && head[before] < mine;
+- twins = cover.next[mine] != kNoRow;
 + ;
 
+rows-out-of-turn: overlap.cuh, add_overlaps
+- ordered = ordered && head[before] < head[lane];
++ ;
+
+rows-in-order-of-half: overlap.cuh, add_overlaps
+- before < lane; ++before
++ before < lane / 2; ++before
+
+searched-before-cleared: overlap.cuh, scatter_overlaps
+- head[threadIdx.x] = kNoRow; __syncthreads();
++ head[threadIdx.x] = kNoRow;
+
+searched-too-near-down: overlap.cuh, add_overlaps
+- reach_h = (kBlockH - 1) / overlap.stride_h
++ reach_h = (kBlockH - 1) / overlap.stride_h - 1
+
+searched-too-near-across: overlap.cuh, scatter_overlaps
+- reach_w = (kBlockW - 1) / overlap.stride_w
++ reach_w = (kBlockW - 1) / overlap.stride_w - 1
+
+searched-out-of-use: overlap.cuh, add_overlaps
+- overlaps = other < t.rows && other < count;
++ overlaps = other < t.rows;
+
+searched-beyond-the-list: overlap.cuh, add_overlaps
+- overlaps = other < t.rows && other < count;
++ overlaps = other < count;
+
+searched-in-every-image: overlap.cuh, add_overlaps
+- overlaps = cell.image == at.image_index && dh
++ overlaps = dh
+
+searched-by-one-warp: overlap.cuh, add_overlaps
+- first = threadIdx.x - lane; first < t.rows; first += blockDim.x
++ first = threadIdx.x - lane; first < kWarp; first += blockDim.x
+
+searched-above-only: overlap.cuh, scatter_overlaps
+- dh >= -reach_h && dh <= reach_h
++ dh >= -reach_h && dh <= 0
+
+searched-right-only: overlap.cuh, add_overlaps
+- dw >= -reach_w && dw <= reach_w;
++ dw >= 0 && dw <= reach_w;
+
+searched-first-row: overlap.cuh, scatter_overlaps
+- repeats |= atomicMax(
++ repeats |= atomicMin(
+
+searched-twins: overlap.cuh, add_overlaps
+- repeats |= atomicMax(
++ atomicMax(
+
+searched-twins-by-one-thread: overlap.cuh, add_overlaps
+- twins = __syncthreads_or(repeats) != 0;
++ twins = repeats; __syncthreads();
+
+searched-bit: overlap.cuh, add_overlaps
+- rows[first / kWarp] = found;
++ rows[first / kWarp] = found >> 1;
+
+listed-plain-with-twins: overlap.cuh, add_overlaps
+- plain = nearby.is_plain(repeats);
++ plain = nearby.is_plain(false);
+
+listed-from-zero: overlap.cuh, add_overlaps
+- wanted = ~0u << begin % kWarp;
++ wanted = ~0u;
+
+listed-after-the-next: overlap.cuh, add_overlaps
+- const int begin = previous + 1;
++ const int begin = previous + 2;
+
+listed-first-word-mask: overlap.cuh, add_overlaps
+- } wanted = ~0u; }
++ } }
+
+listed-row-stride: overlap.cuh, add_overlaps
+- static_cast<int64>(row) - distance.dh * t.height.stride
++ static_cast<int64>(row) + distance.dh * t.height.stride
+
+listed-column-bound: overlap.cuh, add_overlaps
+- w >= 0 && w < static_cast<int64>(kBlockW)
++ w >= 0
+
+listed-row-bound: overlap.cuh, scatter_overlaps
+- if (h >= 0 && h
++ if (h
+
+cell-from-zero: cover.cuh, add_overlaps
+- triple[t.index_strides[1]]) - static_cast<unsigned int>(t.height.first)
++ triple[t.index_strides[1]])
+
+cell-width-by-height: cover.cuh, add_overlaps
+- triple[2 * t.index_strides[1]]) - static_cast<unsigned int>(t.width.first)
++ triple[2 * t.index_strides[1]]) - static_cast<unsigned int>(t.height.first)
+
+table-of-each-warp: scatter.cu, add_overlaps
+- tables[cover.head == nullptr ? 0 : threadIdx.x / kWarp]
++ tables[threadIdx.x / kWarp]
+
 near-without-order: overlap.cuh, add_overlaps
-- near = nearby.load(t, cover, at) || !Combine::kAdds;
-+ near = nearby.load(t, cover, at) || true;
+- near = plain || !Combine::kAdds;
++ near = true;
 
 coverer-above: overlap.cuh, add_overlaps
 - dh(i / 2 + (zone_h < 0 ? -1 : 0))
@@ -1250,28 +1347,56 @@ scan-lane: reduce_mask.cu, compact
 + if (lane > distance)
 
 words-past-the-tile: reduce_mask.cu, compact
-- chunk + lane < last ? r.words[chunk + lane] : 0
-+ r.words[chunk + lane]
+- number < last ? r.words[number] : 0
++ r.words[number]
 
 words-not-listed: reduce_mask.cu, compact
-- k < words; k += warps
-+ k < words; k += 2 * warps
+- k < count; k += warps
++ k < count; k += 2 * warps
 
-next-chunk: reduce_mask.cu, compact
-- next_row += __shfl_sync(0xffffffffu, through, kWarp - 1);
+words-beyond-the-last: reduce_mask.cu, compact
+- static_cast<unsigned int>(threads) ? static_cast<int>(last - chunk) :
 +
 
+next-chunk: reduce_mask.cu, compact
+- next_row += sum;
++
+
+rows-of-warps-before: reduce_mask.cu, compact
+- if (w < warp) before += sum;
++
+
+sums-of-warps-there: reduce_mask.cu, compact
+- const int sum = w < warps ? sums[w] : 0;
++ const int sum = sums[w];
+
+sum-of-the-last-lane: reduce_mask.cu, compact
+- lane == kWarp - 1) sums
++ lane == 0) sums
+
+barrier-after-sums: reduce_mask.cu, compact
+- static_cast<unsigned int>(r.word_blocks); __syncthreads();
++ static_cast<unsigned int>(r.word_blocks);
+
+barrier-after-words: reduce_mask.cu, compact
+- static_cast<int>(column)}; __syncthreads();
++ static_cast<int>(column)};
+
 row-of-own-lane: reduce_mask.cu, compact
-- __popc(bits >> lane)
-+ __popc(bits >> (lane + 1))
+- (1u << lane) - 1)
++ (2u << lane) - 1)
 
 block-not-active: reduce_mask.cu, compact
-- (bits >> lane & 1) == 0 ||
+- (word.bits >> lane & 1) == 0 ||
 +
 
 blocks-of-a-word: reduce_mask.cu, compact
-- static_cast<unsigned int>(r.word_blocks) + lane
-+ kWarp + lane
+- * static_cast<unsigned int>(r.word_blocks);
++ * kWarp;
+
+block-of-a-word: reduce_mask.cu, compact
+- word.column + lane
++ word.column
 
 count-step: reduce_mask.cu, compact
 - k < end; k += kCompactThreads
@@ -1301,6 +1426,30 @@ compact-padding: reduce_mask.cu, compact
 - if (r.pad == 0) return;
 + if (r.pad < 2) return;
 
+compact-padding-of-all: reduce_mask.cu, compact
+- pad_rows(r, count);
++ pad_rows(r, 0);
+
+fused-padding: reduce_mask.cu, compact
+- if (r.arrivals != nullptr) pad_rows(r, 0);
++
+
+padding-of-one-row: reduce_mask.cu, compact
+- 3 * first + static_cast<int64>(blockIdx.x) * threads +
++ first + static_cast<int64>(blockIdx.x) * threads +
+
+padding-of-one-cta: reduce_mask.cu, compact
+- static_cast<int64>(blockIdx.x) * threads + threadIdx.y
++ threadIdx.y
+
+padding-step: reduce_mask.cu, compact
+- k < 3 * r.capacity; k += step
++ k < 3 * r.capacity; k += 2 * step
+
+padding-too-far: reduce_mask.cu, compact
+- k < 3 * r.capacity;
++ k <= 3 * r.capacity;
+
 compact-count-of-all: reduce_mask.cu, compact
 - if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, count);
 + if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, before);
@@ -1310,8 +1459,8 @@ fused-too-early: reduce_mask.cu, compact
 + atomicAdd(arrivals, 1u) == gridDim.x - 2
 
 fused-barrier: reduce_mask.cu, compact
-- == gridDim.x - 1; __syncthreads();
-+ == gridDim.x - 1;
+- __threadfence(); } __syncthreads();
++ __threadfence(); }
 
 fused-once-only: reduce_mask.cu, compact
 - *r.arrivals = 0;
@@ -1360,6 +1509,22 @@ affine-without-relu: window.cuh, layers
 zeros-activated: window.cuh, layers
 - if (at >= kPixels || !window.contains(at / kWidth, at % kWidth)) continue;
 + if (at >= kPixels) continue;
+
+activated-channels: window.cuh, bottleneck
+- (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
++ piece * kPiece<T> + word * kNumbers;
+
+activated-words: window.cuh, bottleneck
+- piece) * kPiece<T> + word * kNumbers;
++ piece) * kPiece<T>;
+
+activated-beyond: window.cuh, bottleneck
+- if (!kWholeSteps && piece >= pieces) return word;
++
+
+activated-without-relu: window.cuh, bottleneck
+- least(relu ? 0.0f : -__int_as_float(0x7f800000))
++ least(0.0f)
 
 piece-of-the-window: window.cuh, conv
 - of_pixel * kPitch + piece() * kPieceBytes
@@ -1453,9 +1618,9 @@ conv-weights-of-a-chunk: conv.cu, conv_chunks
 - Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
 + Weights(weights, column_stride, begin, end);
 
-conv-batch: conv.cu, conv
-- exists(at.image < c.batch && at.block_h
-+ exists(at.block_h
+tiles-batch: window.cuh, conv
+- return image < a.batch && block_h
++ return block_h
 
 conv-count: conv.cu, conv
 - (active < c.rows ? active : c.rows) * c.tiles;
@@ -1470,24 +1635,24 @@ bottleneck-halo: bottleneck.cu, bottleneck
 + position / kKernelW * window_width
 
 bottleneck-edge: bottleneck.cu, bottleneck
-- if (in_image < size) size = in_image;
+- if (in_image < span.size) span.size = in_image;
 +
 
 bottleneck-shortcut: bottleneck.cu, bottleneck
-- number[i] += Addition<T>::begin(numbers[turn].lane[i]);
+- number[i] += Addition<T>::begin(shortcut.lane[i]);
 + number[i] += 0.0f;
 
 bottleneck-norms: bottleneck.cu, bottleneck
-- halo_pixels, layout, m, n, sum, scale2, shift2,
-+ halo_pixels, layout, m, n, sum, scale3, shift3,
+- middle, layout, m, n, sum, scale2, shift2,
++ middle, layout, m, n, sum, scale3, shift3,
+
+bottleneck-shortcuts-place: bottleneck.cu, bottleneck
+- (y.first - top) * kHaloW + x.first - left
++ (y.first - top) * kHaloW
 
 bottleneck-window: bottleneck.cu, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
 + left = x.first;
-
-bottleneck-batch: bottleneck.cu, bottleneck
-- return image < b.batch && block_h
-+ return block_h
 
 bottleneck-count: bottleneck.cu, bottleneck
 - (active < b.rows ? active : b.rows) * b.tiles;
@@ -1505,11 +1670,7 @@ bottleneck-pass: bottleneck.cu, bottleneck_plans
 - const int following = (pass + Layout3::kAllColumns) % kC
 + const int following = pass % kC
 
-bottleneck-tiles: bottleneck.cu, bottleneck_plans
-- within = tile * tile_size;
-+ within = 0;
-
-conv-tiles: conv.cu, conv_chunks
+tiles-of-a-block: window.cuh, conv_chunks
 - within = tile * tile_size;
 + within = 0;
 
@@ -1535,13 +1696,18 @@ no-fence: cover.cu, add
 
 fused-no-fence: reduce_mask.cu, compact
 = blocks run one after the other
-- __threadfence(); __syncthreads(); if
-+ __syncthreads(); if
+- __threadfence(); last =
++ last =
+
+fused-barrier-before: reduce_mask.cu, compact
+= blocks run one after the other
+- __shared__ bool last; __syncthreads();
++ __shared__ bool last;
 
 fused-no-fence-after: reduce_mask.cu, compact
 = blocks run one after the other
-- __syncthreads(); __threadfence(); return last;
-+ __syncthreads(); return last;
+- gridDim.x - 1; __threadfence();
++ gridDim.x - 1;
 
 no-compare-and-swap: cover.cu, add
 = fibers switch at barriers and warp functions only, so two never update a word at one time
@@ -1577,6 +1743,16 @@ row-with-nothing-to-do: scatter.cu, add_overlaps
 = the same result, only slower: no pixel lies inside, or its zones are another row's
 - share.row, nearby); if (task.idle) return;
 + share.row, nearby);
+
+searched-but-not-cleared: overlap.cuh, add_overlaps
+= the poison in new memory is below every row, and counts as a twin
+- if (threadIdx.x < 9) head[threadIdx.x] = kNoRow;
++
+
+equal-blocks-not-told: overlap.cuh, add_overlaps
+= the same result, only slower: such a row finds an earlier one for every pixel
+- leaves_it |= overlaps
++ leaves_it |= false && overlaps
 
 twins-not-told: overlap.cuh, scatter_overlaps
 = the same result, only slower: the last row of its own block is another

@@ -73,22 +73,23 @@ def test_the_goal_cases() -> None:
     def ready(shape: tuple[int, int, int], bcount: tuple[int, int], capacity: int | None) -> Any:
         strides = (4 * shape[1] * shape[2], 4 * shape[2], 4)
         spec = Spec(shape, strides, np.dtype(np.float32), 0, 0)
-        return _pooling._prepare(spec, bcount, BlockGrid((18, 18), (-1, -1), (16, 16)), 0.5, False, capacity)
+        return _pooling.prepare(spec, bcount, BlockGrid((18, 18), (-1, -1), (16, 16)), 0.5, False, capacity)
 
     large = ready((8, 2048, 2048), (128, 128), 131072)
     assert (large.grid, large.block, large.tiles) == ((8 * 128 * 5, 1, 1), (128, 2, 1), (160, 1, 1))
     assert large.block[1] * _pooling._ROWS == 18
     small = ready((1, 400, 700), (25, 44), 1100)
     assert (small.grid, small.block, small.tiles) == ((75, 1, 1), (64, 2, 1), (10, 1, 1))
-    assert not small.fused
+    assert small.fused
     assert ready((1, 400, 700), (25, 44), None).fused
+    assert not large.fused
 
 
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
         ({"capacity": None}, ["block_activity"]),
-        ({"capacity": 7}, ["block_activity", "compact_active"]),
+        ({"capacity": 7}, ["block_activity"]),
         ({"bsize": (1, 1), "bstride": (1, 1), "bcount": (200, 150)}, ["block_activity", "compact_active"]),
         (
             {"bsize": (1, 1), "bstride": (1, 1), "bcount": (1000, 1000)},

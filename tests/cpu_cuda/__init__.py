@@ -54,10 +54,10 @@ ORDERS = (
 )
 
 #: Host code of the device.
-_HOST_MODULES = ("_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
+_HOST_MODULES = ("_memory", "_meetings", "_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
 
 #: Modules that keep what the host code has prepared for calls.
-_CALLERS = ("_gather", "_scatter", "_fused_network")
+_CALLERS = ("_gather", "_scatter", "_reduce_mask", "_fused_network")
 
 #: What plans are made for: few multiprocessors, so that small problems are cut as large ones are on a GPU.
 LIMITS = DeviceLimits(multiprocessors=4, cta_shared=99 << 10, multiprocessor_shared=100 << 10, capability=90)
@@ -89,6 +89,8 @@ def device(order: Order = ORDERS[0], kernels: Path | None = None) -> Iterator[An
             patch.setattr(module, "cupy", standin, raising=False)
             for name in {"_per_thread"} & vars(module).keys():  # memory of one of the two
                 patch.setattr(module, name, threading.local())
+        meetings = modules[_HOST_MODULES.index("_meetings")]
+        patch.setattr(meetings, "meetings", meetings.Meetings())
         _forget(modules)
         yield standin
         _forget(modules)
@@ -107,7 +109,7 @@ def recording() -> Iterator[dict[Instance, None]]:
     found: dict[Instance, None] = {}
     with device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jit, "launch", lambda instance, *_: found.setdefault(instance))
-        patch.setattr(_jit, "launch_shared", lambda instance, *_, **__: found.setdefault(instance))
+        patch.setattr(_jit, "launch_early", lambda instance, *_, **__: found.setdefault(instance))
         yield found
 
 

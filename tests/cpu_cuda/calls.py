@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import DTYPES, INT32, MASK_DTYPES, Array, Case, MaskCase, identical, lay_out, random_bits
+from cases import DTYPES, INT32, LAYOUTS, MASK_DTYPES, Array, Case, MaskCase, identical, lay_out, random_bits
 
 import sbnet_cupy
 from sbnet_cupy import _device, _instances, _plan, _reference
@@ -77,11 +77,20 @@ class Call:
                 found = self.run(xp)
             except KernelFault as fault:
                 raise KernelFault(f"{self.name}: {fault}") from None
+            if any(slab.owner.bytes().any() for slab in counters()):
+                raise Difference(f"{self.name}: a counter is not left at zero")
         for number, (ours, theirs) in enumerate(zip(found, expected)):
             with np.errstate(invalid="ignore"):
                 agree = identical(ours, theirs, nan_payloads=self.nan_payloads)
             if not agree:
                 raise Difference(f"{self.name}: result {number}:\n{_first_difference(ours.get(), theirs)}")
+
+
+def counters() -> list[Any]:
+    """Memory of the counters that kernels find at zero and leave so."""
+    from sbnet_cupy import _meetings  # needs CuPy, or its stand-in
+
+    return _meetings.meetings.slabs
 
 
 def _first_difference(found: Array, expected: Array) -> str:
@@ -120,6 +129,22 @@ def scatter_call(case: Case, name: str, add: bool, patches: Patches = ()) -> Cal
         return [x]
 
     return Call(f"{'add' if add else 'scatter'}-{name}", run, nan_payloads=not add, patches=patches)
+
+
+def scatter_copy_call(case: Case, name: str, out_layout: str | None = None) -> Call:
+    """Scatter that leaves the image as it is: into a new one, or into memory that is given."""
+
+    def run(xp: Any) -> list[Any]:
+        x, blocks, bin_counts, indices = case.arrays(_close(xp))
+        out = None if out_layout is None else lay_out(np.zeros_like(case.x), out_layout, _close(xp))
+        with guarded(xp, (x, blocks, bin_counts, indices), out):
+            y = sbnet_cupy.sparse_scatter(
+                blocks, bin_counts, indices, x, **case.grid, transpose=case.transpose, out=out
+            )
+        order = np.argsort([-abs(s) for s in y.strides], kind="stable")
+        return [y, xp.asarray(order)]
+
+    return Call(f"scatter-copy-{name}", run)
 
 
 def activate_call(case: Case, name: str, source: str | None = None, image: bool = False, patches: Patches = ()) -> Call:
@@ -362,7 +387,8 @@ def _count_in_64_bits(*arguments: Any) -> _plan.TransferPlan:
 
 #: One CTA for all columns or tiles of a row, so that its threads take several.
 FEW_CTAS: Patches = (("sbnet_cupy._plan._ENOUGH_CTAS", 1), ("sbnet_cupy._plan._MOST_CTAS", 1))
-BY_MAP: Patches = (("sbnet_cupy._transfer.LISTED_ROWS", 0),)
+BY_MAP: Patches = (("sbnet_cupy._transfer.LISTED_ROWS", 0), ("sbnet_cupy._transfer.LISTED_OVERLAPS", 0))
+BY_LIST: Patches = (("sbnet_cupy._plan.LISTED_ROWS", 1024),)
 WIDE: Patches = (("sbnet_cupy._transfer.plan_transfer", _count_in_64_bits),)
 
 
@@ -392,8 +418,9 @@ def overlap_calls(add: bool, transpose: bool, bsize: tuple[int, int] = (4, 7)) -
                 bstride=bstride,
                 rows_are=rows_are,
             )
-            how = "tiled" if transpose else "direct"
-            calls.append(scatter_call(case, f"{name}-{rows_are}-{how}", add=add))
+            how = f"{name}-{rows_are}-{'tiled' if transpose else 'direct'}"
+            calls.append(scatter_call(case, f"{how}-mapped", add=add, patches=BY_MAP))
+            calls.append(scatter_call(case, f"{how}-listed", add=add, patches=BY_LIST))
     return calls
 
 
@@ -457,7 +484,15 @@ def twin_cases(order: str) -> dict[str, tuple[Case, Patches]]:
         "twins-by-long-list-apart": (make(3, channels=44, rows=300, **apart), ()),
         "many-twins-apart": (make(9, bstride=(2, 2), **small), ()),
         "many-twins-overlapping": (make(9, bstride=(1, 2), **small), ()),
+        "long-list-overlapping": (make(3, channels=5, rows=512, bsize=(4, 7), bstride=(3, 4), size=(33, 70)), ()),
     }
+
+
+def with_lookups(name: str, patches: Patches) -> dict[str, Patches]:
+    """How a large case of blocks that overlap finds other rows: by the map and, where the list is short, without."""
+    if not name.endswith("overlapping"):
+        return {name: patches}
+    return {f"{name}-mapped": (*patches, *BY_MAP), f"{name}-listed": (*patches, *BY_LIST)}
 
 
 def large_calls() -> list[Call]:
@@ -465,7 +500,8 @@ def large_calls() -> list[Call]:
     calls = []
     for order in _ORDERS:
         for name, (case, patches) in {**large_cases(order), **twin_cases(order)}.items():
-            calls += transfer_calls(case, f"{name}-{order}", patches)
+            for way, changes in with_lookups(name, patches).items():
+                calls += transfer_calls(case, f"{way}-{order}", changes)
     for name, (case, patches) in large_cases("tiled", np.dtype(np.float16)).items():
         calls.append(gather_call(case, f"{name}-tiled-half", patches))
     for transpose in (False, True):
@@ -517,6 +553,17 @@ def activate_calls() -> list[Call]:
         case = random_case(4, np.dtype(np.float16), 8, transpose=transpose)
         calls.append(affine_gather_call(case, "transposed" if transpose else "direct"))
     return calls
+
+
+def copy_calls() -> list[Call]:
+    """Copies of images in every layout: of the same form as the copy, or of another; and of nothing."""
+    calls = []
+    for seed, layout in enumerate(LAYOUTS):
+        case = random_case(seed, FLOAT32, 4, layouts=(layout, "nhwc"))
+        for out_layout in (None, *LAYOUTS):
+            calls.append(scatter_copy_call(case, f"{layout}-to-{out_layout or 'new'}", out_layout))
+    case = random_case(7, FLOAT32, 4, size=(0, 5))
+    return calls + [scatter_copy_call(case, f"nothing-{out_layout}", out_layout) for out_layout in (None, "nhwc")]
 
 
 def _host(**numbers: int) -> Patches:

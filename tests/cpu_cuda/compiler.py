@@ -154,9 +154,9 @@ class Kernel:
         if launch.report:
             raise KernelFault(launch.report.decode())
 
-    def together(self, *launch: Any, shared_mem: int) -> None:
-        """Blocks that would wait for each other; here they run one after another, and do not wait."""
-        self(*launch, shared_mem=shared_mem)
+    def early(self, grid: Sequence[int], block: Sequence[int], argument: Any, shared: int, together: bool) -> None:
+        """Kernels run one after another here, and so do blocks, even such that would wait for each other."""
+        self(grid, block, (argument,), shared_mem=shared)
 
 
 def _bytes_of(argument: Any) -> bytes:

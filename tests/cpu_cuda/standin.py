@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import compiler
-from .compiler import CompileError, RawModule
+from .compiler import CompileError, KernelFault, RawModule
 from .memory import Memory
 
 __all__ = ["RawModule", "asarray", "cuda", "empty", "lib", "ndarray"]
@@ -28,7 +28,12 @@ cuda = SimpleNamespace(
     MemoryPointer=lambda memory, offset: memory + offset,
     Stream=lambda non_blocking: SimpleNamespace(synchronize=lambda: None),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None, is_capturing=lambda: False),
-    runtime=SimpleNamespace(getDevice=lambda: 0),
+    runtime=SimpleNamespace(
+        getDevice=lambda: 0,
+        memcpyAsync=lambda target, source, size, kind, stream: ctypes.memmove(target, source, size),
+        memcpyDeviceToDevice=3,
+        memsetAsync=lambda target, value, size, stream: ctypes.memset(target, value, size),
+    ),
 )
 
 #: Bytes of which the address of a new array is a multiple. CuPy's number is 512, but kernels need no more than this,
@@ -54,11 +59,20 @@ class _Pointer:
 class ndarray:
     """An array "on the device". Not a NumPy array, so that whoever mixes up the two finds out."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, memptr: _Pointer | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        memptr: _Pointer | None = None,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
         memptr = memptr or empty(shape, dtype).data
-        memory = memptr.owner
-        bytes_ = memory.bytes()[memptr.ptr - memory.address :][: math.prod(shape) * np.dtype(dtype).itemsize]
-        self.host: np.ndarray[Any, Any] = bytes_.view(dtype).reshape(shape)
+        memory, size = memptr.owner, math.prod(shape) * np.dtype(dtype).itemsize
+        bytes_ = memory.bytes()[memptr.ptr - memory.address :][:size]
+        if len(bytes_) < size:  # of a number of rows that a kernel has told
+            raise KernelFault(f"an array of shape {shape} exceeds its memory of {memory.size} bytes")
+        self.host: np.ndarray[Any, Any] = bytes_.view(dtype)
+        self.host = self.host.reshape(shape) if strides is None else np.ndarray(shape, dtype, bytes_, 0, strides)
 
     @classmethod
     def of(cls, host: np.ndarray[Any, Any]) -> ndarray:
