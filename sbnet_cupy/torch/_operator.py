@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+#: Keeps Dynamo out of a function, as PyTorch does for its own operators: ``torch.compiler.disable`` imports Dynamo at
+#: once, which takes more than a second.
+_keep_out: Callable[..., Any] = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+
 _LIBRARY = torch.library.Library("sbnet_cupy", "FRAGMENT")
 
 
@@ -23,8 +27,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     def register(kernel: Callable[..., Any]) -> Any:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # For all devices: the kernels look for themselves. Dynamo shall not look into them.
-        _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+        # For all devices: the kernels look for themselves.
+        _LIBRARY.impl(name, _keep_out(kernel), "CompositeExplicitAutograd")
         return getattr(torch.ops.sbnet_cupy, name).default
 
     return register
