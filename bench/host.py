@@ -16,8 +16,12 @@ from .cases import Mask, Transfer
 from .contest import compete, host_clock, wall_clock
 from .data import Expected, Inputs, make_inputs, make_mask
 from .gather_scatter import library
+from .masks import top_left_mask
+from .network_data import Scene
+from .networks import Sparse
 from .reduce_mask import library as mask_library
 from .rivals import Contender
+from .stages import PRECISIONS, Network, Stage
 from .table import OURS, Row, Task, timed_row
 from .timing import Run, Timing, time_host
 
@@ -130,6 +134,16 @@ def _reduce(capacity: bool) -> tuple[Contender, bool]:
     return mask_library(case, [mask], [blocks], capacity), not capacity
 
 
+def _network(kind: str) -> tuple[Contender, bool]:
+    """A convolution or a bottleneck in place, in TF32, with packed weights."""
+    import cupy
+
+    stage = Stage("host", *SHAPE[1:3], SHAPE[3], 8, (10, 10))
+    network = Network(kind, replace(stage, bottleneck=SHAPE[3]) if kind == "conv" else stage, PRECISIONS[1])
+    mask = top_left_mask(SHAPE[1], SHAPE[2], 0.9)
+    return Sparse(Scene(cupy, network), mask, network.params(10)).contender(), False
+
+
 _TILE: dict[str, Any] = {"bsize": (16, 16), "boffset": (0, 0)}
 
 OPS: dict[str, Callable[[], tuple[Contender, bool]]] = {
@@ -143,4 +157,6 @@ OPS: dict[str, Callable[[], tuple[Contender, bool]]] = {
     "sparse_scatter(out=)": _scatter_into_out,
     "reduce_mask(capacity=)": functools.partial(_reduce, True),
     "reduce_mask": functools.partial(_reduce, False),
+    "sparse_conv2d(base=, out=)": functools.partial(_network, "conv"),
+    "sparse_res_block_bottleneck(out=x)": functools.partial(_network, "bottleneck"),
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from . import _device
 from ._affine import IDENTITY
-from ._bottleneck_weights import BottleneckWeights, affines_of, convs_of
+from ._bottleneck_weights import BottleneckWeights, WeightsForm, affines_of, convs_of
 from ._conv import check_blocks, check_params
 from ._conv_geometry import BlockParams, Layer, Pair, bottleneck_strides, make_chain, make_layer, parse_strides
 from ._engine import parse_engine
@@ -19,14 +20,19 @@ from ._reduce_mask import BlockIndices
 from ._stack import Arithmetic, BlockStacks, activate_image, convolve_image
 from ._stack_conv import use_tf32
 from ._validate import (
+    Look,
+    Reach,
     Spec,
     array_namespace,
     check_image,
     check_indices,
     check_like,
-    check_output,
     check_place,
+    check_separate,
     current_device,
+    look_at,
+    output_reach,
+    reach_of,
     same_memory,
     spec_of,
 )
@@ -68,7 +74,10 @@ def res_block_bottleneck(
     Half types are rounded to their dtype after each batch norm and after the last convolution; the shortcut is added in
     float32 and the sum rounded once.
     """
-    xp, layers = _parse(x, weights, strides, {})
+    if not isinstance(weights, BottleneckWeights):
+        raise TypeError(f"weights: expected BottleneckWeights, got {type(weights).__name__}")
+    xp = array_namespace({"x": x, "conv1": weights.conv1})
+    layers = _parse_layers(spec_of(x), weights.form, parse_strides(strides), current_device(xp))
     how = Arithmetic(xp, use_tf32(allow_tf32))
     first, *norms = affines_of(weights)
     inner = x
@@ -157,41 +166,69 @@ def sparse_res_block_bottleneck(
     """
     check_blocks(indices, params)
     plain, packed, tf32 = unpack_bottleneck(weights, allow_tf32)
-    xp, layers = _parse(x, plain, strides, indices._asdict(), out=out)
-    check_params(params, layers)
-    check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
+    arrays = {"x": x, "conv1": plain.conv1, **indices._asdict()}
+    xp = array_namespace(arrays, out)
     in_place = out is not None and same_memory(x, out)
+    looks, given = tuple(map(look_at, (x, *indices))), None if out is None else look_at(out)
+    device = current_device(xp)
+    call = _prepare(
+        *looks, plain.form, given, in_place, params, parse_strides(strides), tf32, parse_engine(engine), device
+    )
     if out is not None:
-        _check_out(out, x, plain, indices, layers[-1].out_size, in_place, xp)
+        named = {name: getattr(plain, name) for name in plain.form.specs}
+        inputs = {**indices._asdict(), **named} if in_place else {"x": x, **indices._asdict(), **named}
+        check_separate("out", out, call.reach, inputs, call.input_reaches)
     how = Arithmetic(xp, tf32)
-    fused = _plan_fused(parse_engine(engine), how, x, plain, out, indices, params, layers)
-    stacks = BlockStacks(indices, layers, params, x.shape[0], how)
-    stack = None if fused else _run_stacks(stacks, x, plain)
+    stacks = BlockStacks(indices, call.layers, params, x.shape[0], how)
+    stack = None if call.fused else _run_stacks(stacks, x, plain)
     if not in_place:
-        out = _put_shortcut(x, plain, layers, out, how)
-    if fused is None:
+        out = _put_shortcut(x, plain, call.layers, out, how)
+    if call.fused is None:
         return stacks.scatter(stack, out, add=True)
-    return run_bottleneck(fused, x, packed or pack_bottleneck(plain, tf32), out, indices, params)
+    return run_bottleneck(call.fused, x, packed or pack_bottleneck(plain, tf32), out, indices, params)
 
 
-def _plan_fused(
-    engine: str,
-    how: Arithmetic,
-    x: Any,
-    weights: BottleneckWeights,
-    out: Any,
-    indices: BlockIndices,
+@dataclass(frozen=True)
+class _Call:
+    """What calls that look alike share."""
+
+    layers: tuple[Layer, ...]
+    reach: Reach  # of the result
+    input_reaches: tuple[Reach, ...]
+    fused: BottleneckPlan | None  # None for the composed engine
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    image: Look,
+    rows: Look,
+    counts: Look,
+    weights: WeightsForm,
+    given: Look | None,
+    in_place: bool,
     params: BlockParams,
-    layers: tuple[Layer, ...],
-) -> BottleneckPlan | None:
-    """How the fused kernels run it, if they are to."""
-    shapes = tuple(tuple(w.shape) for w in convs_of(weights))
-    blocks = FusedBlocks.of(how.xp, indices, x.shape[0], layers, params, shapes, how.tf32)
+    strides: Pair,
+    tf32: bool,
+    engine: str,
+    device: int,
+) -> _Call:
+    """Raise unless the arguments fit together, and choose how to do it."""
+    x, indices = Spec(*image), Spec(*rows)
+    layers = _parse_layers(x, weights, strides, device)
+    check_params(params, layers)
+    check_indices(Spec(*counts), indices)
+    projects, shapes = "project" in weights.specs, tuple(conv.shape for conv in weights.convs)
     target = (x.shape[0], *layers[-1].out_size, shapes[2][3])
-    spec = Spec.contiguous(target, x.dtype, blocks.device) if out is None else spec_of(out)
-    in_place = out is not None and same_memory(x, out)
-    has_first, projects = weights.scale1 is not None, weights.project is not None
-    return plan_bottleneck(engine, blocks, spec_of(x), spec, in_place, has_first, projects)
+    out = Spec.contiguous(target, x.dtype, device) if given is None else Spec(*given)
+    check_like("out", out, x.dtype, target, "N, H_out, W_out, K")
+    check_place("out", out, device)
+    if in_place and projects:
+        raise ValueError("out: expected memory of its own where there is a projection, got x itself")
+    blocks = FusedBlocks(device, indices.strides, indices.shape[0], x.shape[0], layers, params, shapes, tf32)
+    fused = plan_bottleneck(engine, blocks, x, out, in_place, "scale1" in weights.specs, projects)
+    inputs = [indices, Spec(*counts), *weights.specs.values()]
+    reaches = map(reach_of, inputs if in_place else [x, *inputs])
+    return _Call(layers, output_reach("out", out), tuple(reaches), fused)
 
 
 def _run_stacks(stacks: BlockStacks, x: Any, weights: BottleneckWeights) -> Any:
@@ -207,7 +244,7 @@ def _put_shortcut(x: Any, weights: BottleneckWeights, layers: tuple[Layer, ...],
     """The shortcut, in `out` if it is given, in memory of its own."""
     shortcut = _shortcut(x, weights, layers, how)
     if out is not None:
-        how.xp.copyto(out, shortcut)
+        _device.memory(how.xp).copyto(out, shortcut)
         return out
     return shortcut.copy() if shortcut is x else shortcut
 
@@ -220,46 +257,19 @@ def _shortcut(x: Any, weights: BottleneckWeights, layers: tuple[Layer, ...], how
     return convolve_image(x, weights.project, make_layer(x.shape[1:3], (1, 1), strides, "SAME"), IDENTITY, how)
 
 
-def _parse(
-    x: Any, weights: Any, strides: Any, others: dict[str, Any], out: Any = None
-) -> tuple[Any, tuple[Layer, ...]]:
-    """The namespace and the geometry, of arguments that fit together."""
-    if not isinstance(weights, BottleneckWeights):
-        raise TypeError(f"weights: expected BottleneckWeights, got {type(weights).__name__}")
-    xp = array_namespace({"x": x, "conv1": weights.conv1, **others}, out)
-    project = None if weights.project is None else weights.project.shape[3]
-    parsed = parse_strides(strides)
-    _check_input(spec_of(x), spec_of(weights.conv1), weights.conv3.shape[3], project, parsed, current_device(xp))
-    paddings = ["SAME"] * 3
-    return xp, tuple(make_chain(x.shape[1:3], weights.ksizes, bottleneck_strides(parsed), paddings))
-
-
-@functools.lru_cache(maxsize=1024)
-def _check_input(x: Spec, conv1: Spec, channels_out: int, project: int | None, strides: Pair, device: int) -> None:
-    """Raise unless the image fits the weights."""
+def _parse_layers(x: Spec, weights: WeightsForm, strides: Pair, device: int) -> tuple[Layer, ...]:
+    """The geometry; raise unless the image fits the weights."""
+    conv1, _, conv3 = weights.convs
     check_image("x", x)
     if x.dtype != conv1.dtype:
         raise TypeError(f"x: expected dtype {conv1.dtype} like the weights, got {x.dtype}")
     if x.shape[3] != conv1.shape[2]:
         raise ValueError(f"x: expected {conv1.shape[2]} channels, as conv1 has, got shape {x.shape}")
-    if project is None and (strides != (1, 1) or x.shape[3] != channels_out):
-        change = f"strides {strides} and {x.shape[3]} to {channels_out} channels"
+    if "project" not in weights.specs and (strides != (1, 1) or x.shape[3] != conv3.shape[3]):
+        change = f"strides {strides} and {x.shape[3]} to {conv3.shape[3]} channels"
         raise ValueError(f"project: expected a projection for {change}, got None")
     check_place("x", x, device)
     check_place("conv1", conv1, device)
-
-
-def _check_out(
-    out: Any, x: Any, weights: BottleneckWeights, indices: BlockIndices, size: Pair, in_place: bool, xp: Any
-) -> None:
-    """Raise unless the result can be put there."""
-    channels = weights.conv3.shape[3]
-    check_like("out", spec_of(out), x.dtype, (x.shape[0], *size, channels), "N, H_out, W_out, K")
-    check_place("out", spec_of(out), current_device(xp))
-    inputs = {"active_block_indices": indices.active_block_indices, "bin_counts": indices.bin_counts}
-    if not in_place:
-        inputs["x"] = x
-    elif weights.project is not None:
-        raise ValueError("out: expected memory of its own where there is a projection, got x itself")
-    named = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    check_output("out", out, **inputs, **{name: array for name, array in named.items() if array is not None})
+    height, width = x.shape[1:3]
+    ksizes = [(conv.shape[0], conv.shape[1]) for conv in weights.convs]
+    return tuple(make_chain((height, width), ksizes, bottleneck_strides(strides), ["SAME"] * 3))

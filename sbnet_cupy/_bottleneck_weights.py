@@ -10,7 +10,31 @@ import numpy as np
 
 from ._affine import IDENTITY, Affine, check_channels, check_floating, wide_dtype
 from ._conv_geometry import Pair
-from ._validate import Spec, array_namespace, check_place, spec_of
+from ._validate import Look, Spec, array_namespace, check_place, look_at, spec_of
+
+
+class WeightsForm:
+    """All that calls have to know of weights, but for addresses: a key of caches, whose hash is computed once."""
+
+    def __init__(self, looks: tuple[tuple[str, Look], ...]) -> None:
+        self.looks = looks
+        self._hash = hash(looks)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, WeightsForm) and self.looks == other.looks)
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Those of the arrays that there are, by name."""
+        return {name: Spec(*look) for name, look in self.looks}
+
+    @property
+    def convs(self) -> tuple[Spec, Spec, Spec]:
+        """Those of the convolutions."""
+        return self.specs["conv1"], self.specs["conv2"], self.specs["conv3"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +80,17 @@ class BottleneckWeights:
             del arrays["project"]
         array_namespace(arrays)
         _check_weights(tuple((name, spec_of(array)) for name, array in arrays.items()))
+
+    @functools.cached_property
+    def form(self) -> WeightsForm:
+        """What calls with these weights are prepared for."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        looks = tuple((name, look_at(array)) for name, array in arrays.items() if array is not None)
+        return WeightsForm(looks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the form: a copy's arrays may lie elsewhere.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def ksizes(self) -> tuple[Pair, Pair, Pair]:

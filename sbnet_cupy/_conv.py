@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+from . import _device
 from ._affine import IDENTITY, Affine, check_channels, check_floating, parse_activation
 from ._conv_geometry import (
     BlockParams,
     Layer,
     Padding,
+    Pair,
     block_params,
     make_layer,
     parse_padding,
@@ -23,14 +27,19 @@ from ._reduce_mask import BlockIndices
 from ._stack import Arithmetic, BlockStacks, convolve_image
 from ._stack_conv import use_tf32
 from ._validate import (
+    Look,
+    Reach,
     Spec,
     array_namespace,
     check_image,
     check_indices,
     check_like,
-    check_output,
     check_place,
+    check_separate,
     current_device,
+    look_at,
+    output_reach,
+    reach_of,
     same_memory,
     spec_of,
 )
@@ -94,7 +103,7 @@ def conv2d(
     padded images once more, and 32 MiB for cuBLAS (or what cuDNN asks for). cuBLAS promises the same bits in every
     run on the same GPU with the same version.
     """
-    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {})
+    xp, layer, affine = _parse(x, w, strides, padding, bias, activation)
     return convolve_image(x, w, layer, affine, Arithmetic(xp, use_tf32(allow_tf32)))
 
 
@@ -161,37 +170,80 @@ def sparse_conv2d(
     follows, with strides other than 1 the gathered pixels once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
     """
     check_blocks(indices, params)
-    given = {name: array for name, array in (("base", base), ("out", out)) if array is not None}
     w, packed, tf32 = unpack(w, allow_tf32)
-    xp, layer, affine = _parse(x, w, strides, padding, bias, activation, {**indices._asdict(), **given})
-    check_params(params, (layer,))
-    check_indices(spec_of(indices.bin_counts), spec_of(indices.active_block_indices))
-    shape = (x.shape[0], *layer.out_size, w.shape[3])
-    _check_targets(given, {"x": x, "w": w, "bias": bias, **indices._asdict()}, shape, current_device(xp))
-    in_place = len(given) == 2 and same_memory(base, out)
-    blocks = FusedBlocks.of(xp, indices, x.shape[0], (layer,), params, (tuple(w.shape),), tf32)
-    target = Spec.contiguous(shape, x.dtype, blocks.device) if out is None else spec_of(out)
-    fused = plan_conv(parse_engine(engine), blocks, spec_of(x), target, Affine(relu=affine.relu))
-    stacks = BlockStacks(indices, (layer,), params, x.shape[0], Arithmetic(xp, tf32))
-    stack = None if fused else stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
-    if out is None:
-        out = xp.zeros(shape, x.dtype) if base is None else base.copy()
-    elif not in_place:
-        out[...] = 0 if base is None else base
-    if fused is None:
+    inputs = {"x": x, "w": w, **indices._asdict(), "bias": bias, "base": base}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+    xp = array_namespace(inputs, out)
+    in_place = out is not None and base is not None and same_memory(base, out)
+    if in_place:
+        del inputs["base"]
+    relu, device = parse_activation(activation), current_device(xp)
+    how = parse_strides(strides), parse_padding(padding), relu, tf32, parse_engine(engine)
+    looks = tuple((name, look_at(array)) for name, array in inputs.items())
+    call = _prepare(looks, None if out is None else look_at(out), params, *how, device)
+    if out is not None:
+        check_separate("out", out, call.reach, inputs, call.input_reaches)
+    affine = Affine(None, bias, relu)
+    stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))
+    stack = None if call.fused else stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
+    if not in_place:
+        out = _start(call.shape, x.dtype, base, out, xp)
+    if call.fused is None:
         return stacks.scatter(stack, out, add=False)
-    return run_conv(fused, x, packed or pack_array(w, tf32), out, indices, affine)
+    return run_conv(call.fused, x, packed or pack_array(w, tf32), out, indices, affine)
 
 
-def _check_targets(given: dict[str, Any], inputs: dict[str, Any], shape: tuple[int, ...], device: int) -> None:
-    """Raise unless `base` and `out`, where they are given, fit the result."""
-    for name, array in given.items():
-        check_like(name, spec_of(array), inputs["x"].dtype, shape, "N, H_out, W_out, K")
-        check_place(name, spec_of(array), device)
-    if "out" in given:
-        base, out = given.get("base"), given["out"]
-        apart = {**inputs, "base": None if base is not None and same_memory(base, out) else base}
-        check_output("out", out, **{name: array for name, array in apart.items() if array is not None})
+def _start(shape: tuple[int, ...], dtype: Any, base: Any, out: Any, xp: ModuleType) -> Any:
+    """`out`, or a new array, with the values outside of active tiles."""
+    memory = _device.memory(xp)
+    if out is None:
+        return memory.zeros(shape, dtype) if base is None else base.copy()
+    if base is None:
+        memory.clear(out)
+    else:
+        memory.copyto(out, base)
+    return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What calls that look alike share."""
+
+    layer: Layer
+    shape: tuple[int, ...]  # of the result
+    reach: Reach  # of the result
+    input_reaches: tuple[Reach, ...]
+    fused: Any  # what runs it in one kernel; None for the composed engine
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    looks: tuple[tuple[str, Look], ...],
+    given: Look | None,
+    params: BlockParams,
+    strides: Pair,
+    padding: Any,
+    relu: bool,
+    tf32: bool,
+    engine: str,
+    device: int,
+) -> _Call:
+    """Raise unless the arguments fit together, and choose how to do it."""
+    inputs = {name: Spec(*look) for name, look in looks}
+    x, w = inputs["x"], inputs["w"]
+    check_weights(x, w, inputs.get("bias"), device)
+    layer = make_layer(x.shape[1:3], w.shape[:2], strides, padding)
+    check_params(params, (layer,))
+    check_indices(inputs["bin_counts"], inputs["active_block_indices"])
+    shape = (x.shape[0], *layer.out_size, w.shape[3])
+    out = Spec.contiguous(shape, x.dtype, device) if given is None else Spec(*given)
+    for name, spec in {**{name: inputs[name] for name in ("base",) if name in inputs}, "out": out}.items():
+        check_like(name, spec, x.dtype, shape, "N, H_out, W_out, K")
+        check_place(name, spec, device)
+    rows = inputs["active_block_indices"]
+    blocks = FusedBlocks(device, rows.strides, rows.shape[0], x.shape[0], (layer,), params, (w.shape,), tf32)
+    fused = plan_conv(engine, blocks, x, out, Affine(relu=relu))
+    return _Call(layer, shape, output_reach("out", out), tuple(map(reach_of, inputs.values())), fused)
 
 
 def check_blocks(indices: Any, params: Any) -> None:
@@ -213,12 +265,10 @@ def check_params(params: BlockParams, layers: tuple[Layer, ...]) -> None:
         raise ValueError(f"params: expected {expected} for this image, kernel, stride and padding, got {params}")
 
 
-def _parse(
-    x: Any, w: Any, strides: Any, padding: Any, bias: Any, activation: Any, others: dict[str, Any]
-) -> tuple[Any, Layer, Affine]:
+def _parse(x: Any, w: Any, strides: Any, padding: Any, bias: Any, activation: Any) -> tuple[Any, Layer, Affine]:
     """The namespace, the geometry and what follows the convolution, of arguments that fit together."""
     affine = Affine(None, bias, parse_activation(activation))
-    named = {"x": x, "w": w, **others, **({} if bias is None else {"bias": bias})}
+    named = {"x": x, "w": w, **({} if bias is None else {"bias": bias})}
     xp = array_namespace(named)
     device = current_device(xp)
     check_weights(spec_of(x), spec_of(w), None if bias is None else spec_of(bias), device)

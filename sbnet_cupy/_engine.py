@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from enum import Enum
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,9 +105,9 @@ def prefers_fused(dtype: np.dtype[Any], tf32: bool, sizes: Iterable[ConvSize], w
     )
 
 
-def kind_obstacle(xp: ModuleType, dtype: np.dtype[Any]) -> str:
-    """For which kind of arrays the fused kernels cannot be taken; empty where they can."""
-    if xp is np:
+def kind_obstacle(device: int, dtype: np.dtype[Any]) -> str:
+    """For which kind of arrays the fused kernels cannot be taken; empty where they can. Device -1 is the host."""
+    if device < 0:
         return "NumPy arrays"
     return "float64" if dtype.itemsize > 4 else ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cupy
@@ -13,7 +12,7 @@ import numpy as np
 
 from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
-from ._conv_geometry import Layer, Pair
+from ._fused_form import BottleneckCall, ConvCall
 from ._fused_plan import (
     THREADS,
     BottleneckPlan,
@@ -23,7 +22,6 @@ from ._fused_plan import (
     plan_bottleneck,
     plan_conv,
 )
-from ._geometry import BlockGrid
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
 from ._packing import PackedWeights, Packing, is_whole
 from ._plan import division
@@ -50,51 +48,31 @@ def _pack_argument(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
     return _jit.Template(2, [*steps, shape[1], packing.positions, *sizes, math.prod(packing.shape)])
 
 
-class Side(NamedTuple):
-    """One tensor of a convolution, in form."""
+class Launch(NamedTuple):
+    """A launch but for its addresses."""
 
-    spec: Spec
-    #: A stack of blocks, and not an image.
-    is_stack: bool = False
-
-
-@dataclass(frozen=True)
-class ConvCall:
-    """All that decides how a convolution is launched, but for addresses."""
-
-    source: Side
-    target: Side
-    #: What is added, or None.
-    residual: Spec | None
-    index_strides: tuple[int, ...]
-    rows: int
-    batch: int
-    #: Of the output's blocks, and how many there are.
-    grid: BlockGrid
-    bcount: Pair
-    layer: Layer
-    packing: Packing
-    tf32: bool
-    activates: bool
-    source_relu: bool
-    target_relu: bool
-    device: int
-
-
-class _Ready(NamedTuple):
     instance: Instance
     grid: _jit.Dim3
+    #: Bytes of dynamic shared memory.
     shared: int
     argument: _jit.Template
+    #: The device on which its CTAs wait for each other, so that all have to run at the same time; -1: they do not.
+    meets_on: int = -1
+
+    def run(self, *addresses: int) -> None:
+        """Launch it on the current stream."""
+        argument = self.argument.at(*addresses)
+        _jit.launch_early(self.instance, self.grid, (THREADS, 1, 1), self.shared, argument, self.meets_on >= 0)
 
 
-def conv_fits(call: ConvCall) -> bool:
-    """Whether there is a plan for it."""
-    return _prepare_conv(call) is not None
+class Ready(NamedTuple):
+    """A call that can be run; without a launch if it has nothing to write."""
+
+    launch: Launch | None
 
 
 def convolve(
-    call: ConvCall,
+    ready: Ready,
     source: Any,
     target: Any,
     w: PackedWeights,
@@ -105,41 +83,37 @@ def convolve(
     after: Affine = IDENTITY,
     residual: Any = None,
 ) -> None:
-    """Run a convolution for which :func:`conv_fits`."""
-    ready = _prepare_conv(call)
-    assert ready is not None
-    if ready.grid[0] == 0 or ready.grid[1] == 0:
-        return
-    argument = ready.argument.at(
-        source.data.ptr,
-        target.data.ptr,
-        0 if residual is None else residual.data.ptr,
-        w.words.data.ptr,
-        indices.data.ptr,
-        bin_counts.data.ptr,
-        *before.addresses,
-        *after.addresses,
-    )
-    _jit.launch_early(ready.instance, ready.grid, (THREADS, 1, 1), ready.shared, argument)
+    """Run a convolution."""
+    if ready.launch is not None:
+        ready.launch.run(
+            source.data.ptr,
+            target.data.ptr,
+            0 if residual is None else residual.data.ptr,
+            w.words.data.ptr,
+            indices.data.ptr,
+            bin_counts.data.ptr,
+            *before.addresses,
+            *after.addresses,
+        )
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare_conv(call: ConvCall) -> _Ready | None:
+def prepare_conv(call: ConvCall) -> Ready | None:
+    """What :func:`convolve` runs, or None if no plan fits."""
     dtype = call.source.spec.dtype
+    if 0 in (*call.target.spec.shape, call.packing.columns, call.rows):
+        return Ready(None)
     limits = _jit.device_limits(call.device)
     tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
     problem = ConvProblem(
         call.packing, call.layer.ksize, call.layer.strides, call.grid.bsize, call.rows, tensor, call.activates
     )
-    if 0 in (*call.target.spec.shape, call.packing.columns, call.rows):
-        return _Ready(conv_instance("", "", (), ()), (0, 0, 0), 0, _jit.Template(0, []))
     plan = plan_conv(problem, limits)
     if plan is None:
         return None
     rounds = tensor and dtype.itemsize == 4 and not call.activates
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
     instance = conv_instance(products_of(dtype, tensor, rounds), plan.layout.expression, shape, _conv_form(call))
-    return _Ready(instance, plan.grid, plan.shared, _conv_argument(call, plan))
+    return Ready(Launch(instance, plan.grid, plan.shared, _conv_argument(call, plan)))
 
 
 def _conv_form(call: ConvCall) -> tuple[bool, ...]:
@@ -199,42 +173,8 @@ def _strides(spec: Spec) -> tuple[int, ...]:
     return tuple(s // spec.itemsize if n > 1 else 0 for s, n in zip(spec.strides, spec.shape))
 
 
-@dataclass(frozen=True)
-class BottleneckCall:
-    """All that decides how a bottleneck is launched, but for addresses."""
-
-    source: Spec
-    target: Spec
-    #: Whether the target is a stack of output tiles, and not an image.
-    is_stack: bool
-    in_place: bool
-    index_strides: tuple[int, ...]
-    rows: int
-    grid: BlockGrid
-    bcount: Pair
-    #: The second convolution.
-    layer: Layer
-    inner: int
-    #: Whether batch norm and ReLU come before the first convolution.
-    activates: bool
-    tf32: bool
-    device: int
-
-
-class _ReadyBottleneck(NamedTuple):
-    instance: Instance
-    ctas: int
-    shared: int
-    argument: _jit.Template
-
-
-def bottleneck_fits(call: BottleneckCall) -> bool:
-    """Whether one launch can do it: in place, only if all of its CTAs run at the same time."""
-    return _prepare_bottleneck(call) is not None
-
-
 def bottleneck(
-    call: BottleneckCall,
+    ready: Ready,
     source: Any,
     target: Any,
     weights: tuple[PackedWeights, PackedWeights, PackedWeights],
@@ -242,32 +182,27 @@ def bottleneck(
     indices: Any,
     channels: Any,
 ) -> None:
-    """Run a bottleneck for which :func:`bottleneck_fits`."""
-    ready = _prepare_bottleneck(call)
-    assert ready is not None
-    if ready.ctas == 0:
-        return
-    argument = ready.argument.at(
-        source.data.ptr,
-        target.data.ptr,
-        *(w.words.data.ptr for w in weights),
-        indices.data.ptr,
-        bin_counts.data.ptr,
-        channels.data.ptr,
-        _meetings.place(call.device) if call.in_place else 0,
-    )
-    _jit.launch_early(
-        ready.instance, (ready.ctas, 1, 1), (THREADS, 1, 1), ready.shared, argument, together=call.in_place
-    )
+    """Run a bottleneck."""
+    launch = ready.launch
+    if launch is not None:
+        launch.run(
+            source.data.ptr,
+            target.data.ptr,
+            *(w.words.data.ptr for w in weights),
+            indices.data.ptr,
+            bin_counts.data.ptr,
+            channels.data.ptr,
+            0 if launch.meets_on < 0 else _meetings.place(launch.meets_on),
+        )
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
+def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
+    """What :func:`bottleneck` runs, or None if it cannot be one launch: in place, all CTAs run at the same time."""
+    if 0 in (*call.target.shape, call.rows):
+        return Ready(None)
     dtype, limits = call.source.dtype, _jit.device_limits(call.device)
     tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
     channels = call.source.shape[3]
-    if 0 in (*call.target.shape, call.rows):
-        return _ReadyBottleneck(bottleneck_instance("", (), ("", "", ""), 0, 1), 0, 0, _jit.Template(0, []))
     if not (is_whole(call.source) and is_whole(call.target)):
         return None
     problem = BottleneckProblem(
@@ -283,7 +218,8 @@ def _prepare_bottleneck(call: BottleneckCall) -> _ReadyBottleneck | None:
         resident = _jit.ctas_that_fit(instance, THREADS, plan.shared)
         if plan.ctas > resident * limits.multiprocessors:
             return None
-    return _ReadyBottleneck(instance, plan.ctas, plan.shared, _bottleneck_argument(call, plan))
+    meets_on = call.device if call.in_place else -1
+    return Ready(Launch(instance, (plan.ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on))
 
 
 def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> _jit.Template:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,28 +21,22 @@ from ._engine import (
     size_obstacle,
     takes_fused,
 )
+from ._fused_form import BottleneckCall, ConvCall, Side
 from ._pack_weights import PackedBottleneck
 from ._packing import PackedWeights, is_whole, packing_of
 from ._reduce_mask import BlockIndices
 from ._scatter import sparse_scatter_var
-from ._validate import Spec, current_device
+from ._validate import Spec
 
 #: What it is that no plan fits.
 _NO_PLAN = "a kernel, a stride or channels for which shared memory has no room"
-
-
-class _Tensor(NamedTuple):
-    """One side of a convolution."""
-
-    spec: Spec
-    is_stack: bool = False
 
 
 @dataclass(frozen=True)
 class FusedBlocks:
     """The form of a call on the active blocks of a chain of convolutions, whose weights have these shapes."""
 
-    xp: ModuleType
+    #: Number of the device, or -1 for the host.
     device: int
     index_strides: tuple[int, ...]
     rows: int
@@ -53,20 +45,6 @@ class FusedBlocks:
     params: BlockParams
     shapes: tuple[tuple[int, ...], ...]
     tf32: bool
-
-    @classmethod
-    def of(
-        cls,
-        xp: ModuleType,
-        indices: BlockIndices,
-        batch: int,
-        layers: tuple[Layer, ...],
-        params: BlockParams,
-        *how: Any,
-    ) -> FusedBlocks:
-        """That of some indices; `how` is the last two fields."""
-        rows = indices.active_block_indices
-        return cls(xp, current_device(xp), tuple(rows.strides), rows.shape[0], batch, layers, params, *how)
 
     @property
     def sizes(self) -> list[ConvSize]:
@@ -78,7 +56,7 @@ class FusedBlocks:
         if engine == "composed":
             return False
         obstacle = (
-            kind_obstacle(self.xp, x.dtype)
+            kind_obstacle(self.device, x.dtype)
             or size_obstacle(self.layers, self.params, self.sizes, self.rows)
             or offset_obstacle((x, *others), self.layers, self.params)
         )
@@ -92,13 +70,12 @@ class FusedBlocks:
         return Spec.contiguous((self.rows, *grid.bsize, self.shapes[step][3]), dtype, self.device)
 
     def conv_call(
-        self, step: int, source: _Tensor, target: _Tensor, residual: Spec | None, before: Affine, after: Affine
-    ) -> Any:
+        self, step: int, source: Side, target: Side, residual: Spec | None, before: Affine, after: Affine
+    ) -> ConvCall:
         """The launch of convolution number `step`."""
-        fused = _device.fused()
-        return fused.ConvCall(
-            source=fused.Side(*source),
-            target=fused.Side(*target),
+        return ConvCall(
+            source=source,
+            target=target,
             residual=residual,
             index_strides=self.index_strides,
             rows=self.rows,
@@ -114,9 +91,9 @@ class FusedBlocks:
             device=self.device,
         )
 
-    def bottleneck_call(self, x: Spec, target: _Tensor, in_place: bool, activates: bool) -> Any:
+    def bottleneck_call(self, x: Spec, target: Side, in_place: bool, activates: bool) -> BottleneckCall:
         """The launch of a whole bottleneck."""
-        return _device.fused().BottleneckCall(
+        return BottleneckCall(
             source=x,
             target=target.spec,
             is_stack=target.is_stack,
@@ -133,33 +110,34 @@ class FusedBlocks:
         )
 
 
-@functools.lru_cache(maxsize=1024)
 def plan_conv(engine: str, blocks: FusedBlocks, x: Spec, out: Spec, after: Affine) -> Any:
-    """The launch of a convolution, if the fused kernel is to do it, or None. Of `after`, only the form matters."""
+    """What runs a convolution, if the fused kernel is to do it, or None. Of `after`, only the form matters."""
     if not blocks.take_fused(engine, x, out):
         return None
-    call = blocks.conv_call(0, _Tensor(x), _Tensor(out), None, IDENTITY, after)
-    if _device.fused().conv_fits(call):
-        return call
-    takes_fused(engine, _NO_PLAN, False)
-    return None
+    call = blocks.conv_call(0, Side(x), Side(out), None, IDENTITY, after)
+    ready = _device.fused().prepare_conv(call)
+    if ready is None:
+        takes_fused(engine, _NO_PLAN, False)
+    return ready
 
 
-def run_conv(call: Any, x: Any, w: PackedWeights, out: Any, indices: BlockIndices, after: Affine) -> Any:
+def run_conv(ready: Any, x: Any, w: PackedWeights, out: Any, indices: BlockIndices, after: Affine) -> Any:
     """Write the active tiles of a convolution to `out`."""
     counts, rows = indices.bin_counts, indices.active_block_indices
-    _device.fused().convolve(call, x, out, w, counts, rows, after=after.aligned())
+    _device.fused().convolve(ready, x, out, w, counts, rows, after=after.aligned())
     return out
 
 
 class BottleneckPlan(NamedTuple):
-    """A way to run a bottleneck, and its launches."""
+    """A way to run a bottleneck, and what runs it."""
 
     route: Route
-    calls: tuple[Any, ...]
+    #: For each launch.
+    steps: tuple[Any, ...]
+    #: Shapes of the stacks that they write on the way.
+    stacks: tuple[tuple[int, ...], ...]
 
 
-@functools.lru_cache(maxsize=1024)
 def plan_bottleneck(
     engine: str, blocks: FusedBlocks, x: Spec, out: Spec, in_place: bool, activates: bool, projects: bool
 ) -> BottleneckPlan | None:
@@ -167,36 +145,35 @@ def plan_bottleneck(
 
     `activates` tells whether batch norm and ReLU come first, and `projects` whether the shortcut is already in `out`.
     """
-    stacks = (blocks.stack(0, x.dtype), blocks.stack(1, x.dtype))
-    if not blocks.take_fused(engine, x, out, *stacks):
+    first, second, third = (blocks.stack(step, x.dtype) for step in range(3))
+    if not blocks.take_fused(engine, x, out, first, second):
         return None
-    strides = blocks.layers[1].strides
     fused = _device.fused()
-    for route in bottleneck_routes(blocks.shapes, strides, projects, in_place):
+    for route in bottleneck_routes(blocks.shapes, blocks.layers[1].strides, projects, in_place):
+        stacks = {Route.DIRECT: (), Route.STACK: (third,), Route.LAYERS: (first, second)}[route]
         if route is Route.LAYERS:
-            calls = _layer_calls(blocks, x, out, stacks, activates, out if projects else x)
-            fits = all(map(fused.conv_fits, calls))
+            calls = _layer_calls(blocks, x, out, (first, second), activates, out if projects else x)
+            steps = tuple(map(fused.prepare_conv, calls))
         else:
-            target = _Tensor(out) if route is Route.DIRECT else _Tensor(blocks.stack(2, x.dtype), True)
+            target = Side(out) if route is Route.DIRECT else Side(third, True)
             waits = in_place and route is Route.DIRECT
-            calls = (blocks.bottleneck_call(x, target, waits, activates),)
-            fits = fused.bottleneck_fits(calls[0])
-        if fits:
-            return BottleneckPlan(route, calls)
+            steps = (fused.prepare_bottleneck(blocks.bottleneck_call(x, target, waits, activates)),)
+        if None not in steps:
+            return BottleneckPlan(route, steps, tuple(stack.shape for stack in stacks))
     takes_fused(engine, _NO_PLAN, False)
     return None
 
 
 def _layer_calls(
     blocks: FusedBlocks, x: Spec, out: Spec, stacks: tuple[Spec, Spec], activates: bool, shortcut: Spec
-) -> tuple[Any, ...]:
+) -> tuple[ConvCall, ConvCall, ConvCall]:
     """Launches from the image to a stack, from there to another, and to the image, where the shortcut is added."""
     relu, (first, second) = Affine(relu=True), stacks
     before = relu if activates else IDENTITY
     return (
-        blocks.conv_call(0, _Tensor(x), _Tensor(first, True), None, before, relu),
-        blocks.conv_call(1, _Tensor(first, True), _Tensor(second, True), None, IDENTITY, relu),
-        blocks.conv_call(2, _Tensor(second, True), _Tensor(out), shortcut, IDENTITY, IDENTITY),
+        blocks.conv_call(0, Side(x), Side(first, True), None, before, relu),
+        blocks.conv_call(1, Side(first, True), Side(second, True), None, IDENTITY, relu),
+        blocks.conv_call(2, Side(second, True), Side(out), shortcut, IDENTITY, IDENTITY),
     )
 
 
@@ -207,36 +184,24 @@ def run_bottleneck(
     counts, rows = indices.bin_counts, indices.active_block_indices
     fused = _device.fused()
     if plan.route is Route.LAYERS:
-        return _run_layers(plan.calls, x, packed, out, indices)
-    (call,) = plan.calls
+        return _run_layers(plan, x, packed, out, indices)
     target = out
     if plan.route is Route.STACK:
-        target = fused.cupy.empty(call.target.shape, x.dtype)
-    fused.bottleneck(call, x, target, packed.convs, counts, rows, packed.channels)
+        target = fused.cupy.empty(plan.stacks[0], x.dtype)
+    fused.bottleneck(plan.steps[0], x, target, packed.convs, counts, rows, packed.channels)
     if target is not out:
         sparse_scatter_var(target, counts, rows, out, **params.grid_out._asdict())
     return out
 
 
-def _run_layers(calls: tuple[Any, ...], x: Any, packed: PackedBottleneck, out: Any, indices: BlockIndices) -> Any:
+def _run_layers(plan: BottleneckPlan, x: Any, packed: PackedBottleneck, out: Any, indices: BlockIndices) -> Any:
     """Three launches. Only the last one writes to the image, each pixel after it was read: so `out` may be `x`."""
-    fused = _device.fused()
-    first, *between, _ = (affine.aligned() for affine in affines_of(packed.weights))
+    fused, rows = _device.fused(), (indices.bin_counts, indices.active_block_indices)
+    first, second, third, _ = (affine.aligned() for affine in affines_of(packed.weights))
+    inner, middle = (fused.cupy.empty(shape, x.dtype) for shape in plan.stacks)
+    to_inner, to_middle, to_image = plan.steps
+    fused.convolve(to_inner, x, inner, packed.conv1, *rows, before=first, after=second)
+    fused.convolve(to_middle, inner, middle, packed.conv2, *rows, after=third)
     shortcut = x if packed.weights.project is None else out
-    source = x
-    for call, w, before, after in zip(calls, packed.convs, (first, IDENTITY, IDENTITY), (*between, IDENTITY)):
-        last = call is calls[-1]
-        target = out if last else fused.cupy.empty(call.target.spec.shape, x.dtype)
-        fused.convolve(
-            call,
-            source,
-            target,
-            w,
-            indices.bin_counts,
-            indices.active_block_indices,
-            before=before,
-            after=after,
-            residual=shortcut if last else None,
-        )
-        source = target
+    fused.convolve(to_image, middle, out, packed.conv3, *rows, residual=shortcut)
     return out

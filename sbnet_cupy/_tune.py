@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._affine import FLOATING, IDENTITY
+from ._affine import FLOATING, IDENTITY, wide_dtype
+from ._bottleneck import sparse_res_block_bottleneck
+from ._bottleneck_weights import BottleneckWeights
 from ._clock import time_captured
+from ._conv import sparse_conv2d
 from ._conv_geometry import BlockParams, Layer, Pair, block_params, make_chain, parse_ksize
 from ._geometry import parse_pair
+from ._pack_weights import pack_weights
 from ._reduce_mask import BlockIndices, block_indices
 from ._stack import Arithmetic, BlockStacks
 from ._stack_conv import use_tf32
@@ -50,7 +54,7 @@ class BlockCandidate(NamedTuple):
     gathered_pixels : int
         Pixels of these blocks together, halo included.
     seconds : float
-        Time of gather, convolutions and scatter: measured, or that of the model.
+        Time of the chain: measured, or that of the model.
     """
 
     bsize: Pair
@@ -118,8 +122,10 @@ def tune_block_size(
 
     Notes
     -----
-    With a CuPy mask, each candidate is measured on the current device: gather, convolutions and scatter of made-up
-    numbers, without batch norm or activation, float32 as CUPY_TF32 says, captured in a CUDA graph. The time is the
+    With a CuPy mask, each candidate is measured on the current device, on made-up numbers, float32 as CUPY_TF32 says,
+    captured in a CUDA graph: a single convolution as :func:`sparse_conv2d` with packed weights; a chain of 1x1, any and
+    1x1 kernels back to the channels of the image as :func:`sparse_res_block_bottleneck` in place, which both choose
+    their engine; any other chain as gather, convolutions and scatter, without batch norm or activation. The time is the
     median of 9 replays between CUDA events; finding the blocks is not part of it. This synchronises, compiles the
     kernels of every candidate (a tenth to half of a second each, once), works on a stream of its own, and allocates an
     image of the first and one of the last channels, and the stacks, all of which go back on return. Where times
@@ -208,17 +214,33 @@ def _numbers(xp: ModuleType, shape: tuple[int, ...], bound: float, dtype: np.dty
 
 def _measure_seconds(inputs: _ChainInputs, params: BlockParams, indices: BlockIndices) -> float:
     """The time of the chain on active blocks, in CuPy arrays."""
-    how = Arithmetic(inputs.xp, use_tf32(None))
-    stacks = BlockStacks(indices, inputs.layers, params, inputs.x.shape[0], how)
+    call = _call_of(inputs, params, indices)
+    _, (seconds,) = time_captured(inputs.xp, [call], rounds=_ROUNDS, repeats=_REPEATS)
+    return seconds
+
+
+def _call_of(inputs: _ChainInputs, params: BlockParams, indices: BlockIndices) -> Callable[[], Any]:
+    """What a user would call for the chain: a function of the library, which picks the engine, or step by step."""
+    x, y, weights = inputs.x, inputs.y, inputs.weights
+    tf32 = use_tf32(None)
+    if len(weights) == 1:
+        packed = pack_weights(weights[0], allow_tf32=tf32)
+        return functools.partial(sparse_conv2d, x, packed, indices, params, base=y, out=y)
+    ksizes = [layer.ksize for layer in inputs.layers]
+    if len(weights) == 3 and ksizes[0] == ksizes[2] == (1, 1) and x.shape == y.shape:
+        ones, zeros = (functools.partial(make, dtype=wide_dtype(x.dtype)) for make in (inputs.xp.ones, inputs.xp.zeros))
+        affines = [make(w.shape[2]) for w in weights for make in (ones, zeros)]
+        block = pack_weights(BottleneckWeights(*weights, *affines), allow_tf32=tf32)
+        return functools.partial(sparse_res_block_bottleneck, x, block, indices, params, out=x)
+    stacks = BlockStacks(indices, inputs.layers, params, x.shape[0], Arithmetic(inputs.xp, tf32))
 
     def chain() -> None:
-        stack = stacks.gather(inputs.x, IDENTITY, inputs.weights[0])
-        for step, w in enumerate(inputs.weights):
+        stack = stacks.gather(x, IDENTITY, weights[0])
+        for step, w in enumerate(weights):
             stack = stacks.convolve(step, stack, w, IDENTITY)
-        stacks.scatter(stack, inputs.y, add=False)
+        stacks.scatter(stack, y, add=False)
 
-    _, (seconds,) = time_captured(inputs.xp, [chain], rounds=_ROUNDS, repeats=_REPEATS)
-    return seconds
+    return chain
 
 
 def _receptive_field(ksizes: Sequence[Pair]) -> Pair:

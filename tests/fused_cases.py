@@ -24,7 +24,8 @@ from sbnet_cupy import (
     BlockIndices,
     BlockParams,
     BottleneckWeights,
-    _fused_network,
+    _bottleneck,
+    _conv,
     _fused_plan,
     block_indices,
     calc_block_params,
@@ -72,7 +73,7 @@ def planned(name: str) -> Iterator[None]:
         return
     from sbnet_cupy import _fused
 
-    caches = [f for module in (_fused, _fused_network) for f in vars(module).values() if hasattr(f, "cache_clear")]
+    caches = [f for module in (_conv, _bottleneck) for f in vars(module).values() if hasattr(f, "cache_clear")]
 
     def plan_conv(problem: Any, limits: Any) -> Any:
         return PLANS[name](list(_fused_plan.conv_plans(problem, limits)), _fused_plan.plan_conv(problem, limits))

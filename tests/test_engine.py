@@ -18,8 +18,9 @@ from fused_cases import host_products
 from sbnet_cupy import (
     BlockIndices,
     BottleneckWeights,
+    _bottleneck,
+    _conv,
     _engine,
-    _fused_network,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -194,7 +195,7 @@ def test_the_engine_is_taken(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_of(xp, double.block) >= composed
     calls = Calls(xp)
     monkeypatch.setitem(_engine._MOST_WEIGHTS, "float16", ((1, 0),))
-    _fused_network.plan_conv.cache_clear(), _fused_network.plan_bottleneck.cache_clear()
+    _conv._prepare.cache_clear(), _bottleneck._prepare.cache_clear()
     assert kernels_of(xp, calls.conv) >= composed
     assert kernels_of(xp, calls.block) >= composed
     assert kernels_of(xp, calls.conv, engine="fused") == {"conv.cu"}
@@ -263,8 +264,9 @@ def test_errors_of_the_engine(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wide.conv_params = calc_block_params(wide.x.shape, (80, 80), (80, 80), 1, "SAME")
     with pytest.raises(ValueError, match=r"^engine: expected 'auto' or 'composed' for a kernel, .* room, got 'fused'$"):
         wide.conv(engine="fused")
-    for name in ("conv_fits", "bottleneck_fits"):
-        monkeypatch.setattr(f"sbnet_cupy._fused.{name}", lambda call: False)
+    for name in ("prepare_conv", "prepare_bottleneck"):
+        monkeypatch.setattr(f"sbnet_cupy._fused.{name}", lambda call: None)
+    _conv._prepare.cache_clear(), _bottleneck._prepare.cache_clear()
     calls = Calls(xp)
     for call in (calls.conv, calls.block):
         assert "gather.cu" in kernels_of(xp, call)

@@ -14,6 +14,7 @@ from test_networks_device import on_device
 import sbnet_cupy
 from sbnet_cupy import BlockIndices, BlockParams, BottleneckWeights, _fused_network
 from sbnet_cupy._engine import Route
+from sbnet_cupy._validate import spec_of
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu
@@ -45,16 +46,10 @@ class Bottleneck:
     @property
     def route(self) -> Route:
         """How it runs in place."""
-        blocks = _fused_network.FusedBlocks.of(
-            cupy,
-            self.indices,
-            1,
-            _layers(self.x.shape),
-            self.params,
-            tuple(conv.shape for conv in self.packed.convs),
-            self.tf32,
-        )
-        spec = sbnet_cupy._validate.spec_of(cupy.asarray(self.x))
+        spec, rows = spec_of(cupy.asarray(self.x)), self.indices.active_block_indices
+        shapes = tuple(conv.shape for conv in self.packed.convs)
+        layers = _layers(self.x.shape)
+        blocks = _fused_network.FusedBlocks(0, rows.strides, len(rows), 1, layers, self.params, shapes, self.tf32)
         plan = _fused_network.plan_bottleneck("fused", blocks, spec, spec, True, True, False)
         assert plan is not None
         return plan.route

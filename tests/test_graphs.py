@@ -318,6 +318,25 @@ def host_us(run: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
+def fused_calls(x: Any, out: Any) -> dict[str, Callable[[], Any]]:
+    """A convolution and a bottleneck of one launch each."""
+    channels = x.shape[3]
+    weights = BottleneckWeights.random(channels, 8, xp=cupy)
+    block = sbnet_cupy.pack_weights(weights, allow_tf32=True)
+    w = sbnet_cupy.pack_weights(cupy.zeros((3, 3, channels, channels), x.dtype), allow_tf32=True)
+    params = sbnet_cupy.calc_block_params(x.shape, (10, 10), w.shape, 1, "SAME")
+    block_params = sbnet_cupy.calc_block_params_res_block(x.shape, (10, 10), weights.ksizes, 1, "SAME")
+    mask = cupy.zeros(x.shape[:3], bool)
+    mask[:, :20, :20] = True
+    active, block_active = (sbnet_cupy.block_indices(mask, p) for p in (params, block_params))
+    return {
+        "convolution": lambda: sbnet_cupy.sparse_conv2d(x, w, active, params, base=out, out=out, engine="fused"),
+        "bottleneck": lambda: sbnet_cupy.sparse_res_block_bottleneck(
+            x, block, block_active, block_params, out=x, engine="fused"
+        ),
+    }
+
+
 def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
     """As multiples of a launch of CuPy's with 12 arguments: 6 us on an H200's host. All but the copy are one launch."""
     launch = cupy.RawKernel(
@@ -336,6 +355,7 @@ def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
         "overlapping": (2.5, lambda: sbnet_cupy.sparse_scatter_var(stack, *rows, x, **HALO, add=True, atomic=True)),
         "reduce_mask": (3.0, lambda: sbnet_cupy.reduce_mask(mask, (4, 4), **HALO, capacity=16)),
         "copy": (3.5, lambda: sbnet_cupy.sparse_scatter(tiles, *rows, x, **TILES, out=out)),
+        **{name: (4.5, call) for name, call in fused_calls(x, out).items()},
     }
     ratios = {name: host_us(call) / bare for name, (_, call) in most.items()}
     assert {name: ratio for name, ratio in ratios.items() if ratio > most[name][0]} == {}

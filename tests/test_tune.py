@@ -6,15 +6,20 @@ import math
 import re
 from typing import Any
 
+import cpu_cuda
 import ml_dtypes
 import numpy as np
 import pytest
+from cpu_cuda import standin
+from fused_cases import host_products
 
 import sbnet_cupy
-from sbnet_cupy import BlockTuning, block_indices, calc_block_params_res_block, tune_block_size
+from sbnet_cupy import BlockIndices, BlockTuning, block_indices, calc_block_params_res_block, tune_block_size
 from sbnet_cupy import _tune as tune
+from sbnet_cupy._conv_geometry import block_params, make_chain
 
 BOTTLENECK = [(1, 1), (3, 3), (1, 1)]
+HALF = np.dtype(np.float16)
 
 
 def full(height: int = 200, width: int = 300) -> Any:
@@ -178,6 +183,30 @@ def test_made_up_numbers() -> None:
     assert abs(found.astype(float).mean()) < 0.01
     assert 0.24 < np.abs(found).max() <= 0.25
     assert len(np.unique(found)) > 500
+
+
+@pytest.mark.parametrize(
+    ("channels", "ksizes", "kernels"),
+    [
+        (8, [(3, 3)], {"conv.cu"}),
+        ([16, 8, 8, 16], BOTTLENECK, {"bottleneck.cu", "scatter.cu"}),  # in place, on more tiles than run at a time
+        ([16, 8, 8, 24], BOTTLENECK, {"gather.cu"}),
+        (8, [(3, 3), (3, 3)], {"gather.cu"}),
+    ],
+)
+def test_what_is_measured(channels: Any, ksizes: Any, kernels: set[str]) -> None:
+    """The functions of the library that do a chain at once, where there are such."""
+    layers = tuple(make_chain((40, 40), ksizes, [(1, 1)] * len(ksizes), ["SAME"] * len(ksizes)))
+    widths = tune._parse_channels(channels, len(ksizes))
+    with cpu_cuda.recording() as found, host_products():
+        weights = [standin.zeros((*k, c, d), HALF) for k, c, d in zip(ksizes, widths, widths[1:])]
+        images = [standin.zeros((1, 40, 40, c), HALF) for c in (widths[0], widths[-1])]
+        indices = BlockIndices(standin.zeros((9, 3), np.int32), standin.zeros((1,), np.int32))
+        inputs = tune._ChainInputs(standin, layers, images[0], weights, images[1])
+        call = tune._call_of(inputs, block_params(layers, (10, 10)), indices)
+        found.clear()
+        call()
+    assert kernels <= {instance.source for instance in found}
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ ORDERS = (
 _HOST_MODULES = ("_memory", "_meetings", "_transfer", "_pooling", "_activate", "_stack_conv_cublas", "_fused")
 
 #: Modules that keep what the host code has prepared for calls.
-_CALLERS = ("_gather", "_scatter", "_reduce_mask", "_fused_network")
+_CALLERS = ("_gather", "_scatter", "_reduce_mask", "_conv", "_bottleneck")
 
 #: What plans are made for: few multiprocessors, so that small problems are cut as large ones are on a GPU.
 LIMITS = DeviceLimits(multiprocessors=4, cta_shared=99 << 10, multiprocessor_shared=100 << 10, capability=90)
