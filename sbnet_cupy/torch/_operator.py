@@ -19,9 +19,9 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     It does what ``torch.library.custom_op`` does, with less between a call and its work: 6 us instead of 28 us of the
     host, where no gradient is registered. What is left out: the check in every call that no result shares memory with
-    an argument, which ``opcheck`` makes in the tests; versions of tensors that change, which a kernel counts itself; and
-    the error of a backward pass through an operator that has no gradient. So it is for those that have one, and those
-    that are never called where one is wanted.
+    an argument, which ``opcheck`` makes in the tests; versions of tensors that change, which a kernel counts; and the
+    error of a backward pass through an operator that has no gradient. So it is for those that have one, and those that
+    are never called where one is wanted.
     """
     name = schema.partition("(")[0]
 
