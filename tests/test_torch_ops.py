@@ -535,6 +535,14 @@ class TestErrors:
         assert sparse.sparse_gather(x, *(t.to("meta") for t in active("cpu")[::-1]), **TILES).device.type == "meta"
 
 
-def test_the_package_does_not_import_pytorch() -> None:
-    code = "import sys, sbnet_cupy; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+def test_imports_take_no_more_than_they_need() -> None:
+    """Neither PyTorch for the package, nor its compiler for the operators."""
+    code = """if True:
+        import sys, sbnet_cupy
+        print("torch" in sys.modules)
+        import torch
+        before = "torch._dynamo" in sys.modules
+        import sbnet_cupy.torch
+        print(before == ("torch._dynamo" in sys.modules))
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\nTrue\n"

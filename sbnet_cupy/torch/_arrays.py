@@ -55,9 +55,14 @@ def namespace(device: torch.device) -> ModuleType:
     return cupy  # type: ignore[no-any-return]
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether NumPy reads it."""
+    return bool(tensor.device.type == "cpu")
+
+
 def as_array(tensor: torch.Tensor) -> Any:
     """The NumPy or CuPy array in the memory of a tensor: nothing is copied, and nothing waited for."""
-    if tensor.device.type == "cpu":
+    if on_host(tensor):
         dtype, tensor = _numpy_dtype(tensor.dtype), tensor.detach()
         # NumPy takes no bfloat16 from PyTorch.
         return tensor.view(torch.int16).numpy().view(dtype) if tensor.dtype == torch.bfloat16 else tensor.numpy()
@@ -67,7 +72,7 @@ def as_array(tensor: torch.Tensor) -> Any:
 
 def as_image(tensor: torch.Tensor) -> Any:
     """A tensor ``[N, C, H, W]`` as the array ``[N, H, W, C]`` in its memory."""
-    if tensor.device.type == "cpu":
+    if on_host(tensor):
         return as_array(tensor).transpose(0, 2, 3, 1)
     namespace(tensor.device)
     (n, c, h, w), (sn, sc, sh, sw) = tensor.shape, tensor.stride()

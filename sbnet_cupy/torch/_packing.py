@@ -17,7 +17,7 @@ import sbnet_cupy
 
 from .._pack_weights import PackedBottleneck
 from .._packing import PackedWeights, packing_of
-from ._arrays import Place, as_array, at
+from ._arrays import Place, as_array, at, on_host
 from ._common import allow_tf32
 from ._operator import operator
 
@@ -27,7 +27,7 @@ PACKED_SCHEMA = "Tensor[] words, bool? tf32"
 
 def is_packed(weight: Tensor) -> bool:
     """Whether there is anything to pack: the fused kernels take tensors of a device, and no float64."""
-    return bool(weight.is_cuda and weight.element_size() <= 4)
+    return not on_host(weight) and weight.element_size() <= 4
 
 
 @operator("pack_weight(Tensor weight, bool tf32) -> Tensor")
@@ -52,7 +52,7 @@ def _new_words(weight: Tensor) -> Tensor:
 def conv_weights(weight: Tensor, words: list[Tensor], tf32: bool | None) -> tuple[Any, bool]:
     """What :func:`sbnet_cupy.sparse_conv2d` takes, and whether TF32 may be used."""
     tf32 = allow_tf32() if tf32 is None else tf32
-    if weight.device.type == "cpu":
+    if on_host(weight):
         return as_array(weight), tf32
     return _conv_weights_at(Place.of(weight), tuple(map(Place.of, words)), tf32), tf32
 
@@ -75,7 +75,7 @@ def bottleneck_weights(weights: list[Tensor], words: list[Tensor], tf32: bool | 
     shortcut, if it is a convolution.
     """
     tf32 = allow_tf32() if tf32 is None else tf32
-    if weights[0].device.type == "cpu":
+    if on_host(weights[0]):
         return _bottleneck_weights(*map(as_array, weights)), tf32
     return _bottleneck_weights_at(tuple(map(Place.of, weights)), tuple(map(Place.of, words)), tf32), tf32
 
