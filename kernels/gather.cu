@@ -136,29 +136,18 @@ __global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t
     using Word = Raw<kWordBytes>;
     constexpr Index kPixels = kBlockH * kBlockW;
     using Shape = TileShape<kWordBytes, kPixels, false>;
-    __shared__ Placement<Index> placed[Shape::kBlocks];
+    using Places = PixelPlaces<Shape>;
     const Cta cta(t);
     const int64 first_row = cta.rows * Shape::kBlocks;
-    if (threadIdx.x < Shape::kBlocks && first_row + threadIdx.x < t.rows) {
+    __shared__ Placement<Index> placed[kImageAlongChannels ? Shape::kBlocks : 1];
+    if (kImageAlongChannels && threadIdx.x < Shape::kBlocks && first_row + threadIdx.x < t.rows) {
         placed[threadIdx.x] = place<Index, kBlockH, kBlockW>(t, first_row + threadIdx.x);
     }
     __syncthreads();
-    const Blocks<Placement<Index>, Shape::kBlocks> blocks(placed);
 
     const Index channels = static_cast<Index>(t.channels);
     for (Index number = cta.part; number < Part<Shape, Index>::count(channels); number += t.ctas_per_row) {
         const Part<Shape, Index> part(number, kPixels, channels, t.rows - first_row);
-        // Where a group lies in the image, and whether it does.
-        const auto locate = [&](const Group& group, int64& offset) {
-            const Placement<Index>& at = blocks[group.block];
-            const Index pixel = part.first_pixel + group.pixel;
-            const Index row = pixel / kBlockW;
-            const Index column = pixel % kBlockW;
-            if (!at.inside.contains(row, column)) return false;
-            offset = at.image_origin + image_offset(t, row, column) +
-                     static_cast<int64>(part.first_channel + group.channel) * t.image_strides[3];
-            return true;
-        };
         const auto target = [&](const Group& group) {
             const Index pixel = part.first_pixel + group.pixel;
             return (first_row + group.block) * t.stack_strides[0] +
@@ -166,12 +155,40 @@ __global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t
                    static_cast<int64>(part.first_channel + group.channel) * t.stack_strides[3];
         };
         if constexpr (kImageAlongChannels) {
+            const Blocks<Placement<Index>, Shape::kBlocks> blocks(placed);
+            // Where a group lies in the image, and whether it does.
+            const auto locate = [&](const Group& group, int64& offset) {
+                const Placement<Index>& at = blocks[group.block];
+                const Index pixel = part.first_pixel + group.pixel;
+                const Index row = pixel / kBlockW;
+                const Index column = pixel % kBlockW;
+                if (!at.inside.contains(row, column)) return false;
+                offset = at.image_origin + image_offset(t, row, column) +
+                         static_cast<int64>(part.first_channel + group.channel) * t.image_strides[3];
+                return true;
+            };
             __shared__ PixelTile<Word, Shape> tile;
             fill<kChannelLanes>(tile, t.image, AlongChannels<Shape, kChannelLanes>(part), locate);
             write_along_pixels<kPixelLanes, kPixels>(t, tile, part, target);
         } else {
+            __shared__ Places places;
+            if (number == cta.part || !Shape::kWhole) {
+                for (int k = threadIdx.x; k < Places::kAll; k += kTileThreads) {
+                    const int block = k / Shape::kPixels, pixel_of_part = k % Shape::kPixels;
+                    const Index pixel = part.first_pixel + pixel_of_part;
+                    const Index row = pixel / kBlockW, column = pixel % kBlockW;
+                    places.offset[k] = Places::kNowhere;
+                    if (block >= part.blocks || pixel_of_part >= part.pixels) continue;
+                    const Placement<Index> at = place<Index, kBlockH, kBlockW>(t, first_row + block);
+                    if (at.inside.contains(row, column)) {
+                        places.offset[k] = at.image_origin + image_offset(t, row, column);
+                    }
+                }
+                __syncthreads();
+            }
             __shared__ ChannelTile<Word, Shape> tile;
-            fill<1>(tile, t.image, AlongPixels<Shape, 1>(part), locate);
+            const int64 first = static_cast<int64>(part.first_channel) * t.image_strides[3];
+            fill_channels(tile, t.image, places, first, part.channels, t.image_strides[3]);
             write_along_channels<kChannelLanes>(t, tile, part, target);
         }
         __syncthreads();

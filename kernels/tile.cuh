@@ -256,4 +256,51 @@ __device__ inline void fill(Tile& tile, const void* tensor, const Groups& groups
     __syncthreads();
 }
 
+// Where the pixels of a tile lie in an image that is contiguous along pixels: offsets of their first channel, which are
+// found once, and then serve all channels.
+template <typename Shape>
+struct PixelPlaces {
+    static constexpr int kAll = Shape::kBlocks * Shape::kPixels;
+    static constexpr int64 kNowhere = static_cast<int64>(1) << 63;  // zeros
+
+    int64 offset[kAll];
+};
+
+// Brings `channels` channels, the first of which is `first` elements behind that of the places, to shared memory.
+template <typename Tile>
+__device__ inline void fill_channels(Tile& tile, const void* image, const PixelPlaces<typename Tile::Shape>& places,
+                                     int64 first, int channels, int64 channel_stride) {
+    using Word = typename Tile::Element;
+    using Places = PixelPlaces<typename Tile::Shape>;
+    constexpr int kBatch = 8;
+    const int count = channels * Places::kAll;
+    for (int begin = threadIdx.x; begin < count; begin += kBatch * kTileThreads) {
+        Word words[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+            const int k = begin + u * kTileThreads, channel = k / Places::kAll, at = k % Places::kAll;
+            if (k >= count) break;
+            const int64 offset = places.offset[at];
+            const bool found = offset != Places::kNowhere;
+            const Word* from = static_cast<const Word*>(image) + (found ? offset + first + channel * channel_stride : 0);
+            if constexpr (sizeof(Word) >= kLeastAsyncBytes) {
+                const int slot = Tile::slot(at / Tile::Shape::kPixels, at % Tile::Shape::kPixels, channel);
+                copy_async<sizeof(Word)>(&tile.word[slot], from, found);
+            } else {
+                words[u] = found ? load_constant(from) : Word{};
+            }
+        }
+        if constexpr (sizeof(Word) < kLeastAsyncBytes) {
+#pragma unroll
+            for (int u = 0; u < kBatch; ++u) {
+                const int k = begin + u * kTileThreads, at = k % Places::kAll;
+                if (k >= count) break;
+                tile.word[Tile::slot(at / Tile::Shape::kPixels, at % Tile::Shape::kPixels, k / Places::kAll)] = words[u];
+            }
+        }
+    }
+    wait_async();
+    __syncthreads();
+}
+
 }  // namespace sbnet

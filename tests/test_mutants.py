@@ -418,7 +418,7 @@ part-tail-along-pixels: tile.cuh, gather_tiled
 - element / Shape::kPixels, k < count && (Shape::kWhole || pixel < pixels)}
 + element / Shape::kPixels, k < count}
 
-batch-tail-along-pixels: tile.cuh, gather_half_back
+batch-tail-along-pixels: tile.cuh, scatter_back
 - element / Shape::kPixels, k < count && (
 + element / Shape::kPixels, (
 
@@ -471,8 +471,32 @@ fill-zeros: tile.cuh, gather_half
 +
 
 fill-barrier: tile.cuh, gather_tiled
-- wait_async(); __syncthreads();
-+ wait_async();
+- wait_async(); __syncthreads(); } // Where
++ wait_async(); } // Where
+
+fill-channels-barrier: tile.cuh, gather_back
+- wait_async(); __syncthreads(); } } // namespace
++ wait_async(); } } // namespace
+
+fill-channels-stride: tile.cuh, gather_back
+- first + channel * channel_stride : 0
++ first + channel : 0
+
+fill-channels-batch: tile.cuh, gather_half_back
+- k / Places::kAll)] = words[u];
++ begin / Places::kAll)] = words[u];
+
+places-of-one-block: gather.cu, gather_back
+- place<Index, kBlockH, kBlockW>(t, first_row + block);
++ place<Index, kBlockH, kBlockW>(t, first_row);
+
+places-of-the-first-part: gather.cu, gather_back
+- number == cta.part || !Shape::kWhole
++ number == cta.part
+
+places-outside: gather.cu, gather_back
+- if (at.inside.contains(row, column)) {
++ if (at.touches_image) {
 
 gather-rows: gather.cu, gather
 - if (share.row >= t.rows) return;
