@@ -3,6 +3,7 @@
 // run-time number here: it bounds loops that the image's borders cut short anyway, so knowing it would not change the
 // code.
 #include "pool.cuh"
+#include "ptx.cuh"
 #include "transfer.cuh"
 
 namespace sbnet {
@@ -13,7 +14,6 @@ namespace sbnet {
 constexpr int kPoolRows = 9;
 
 constexpr int kCompactThreads = 256;
-static_assert(kCompactThreads <= kPoolThreads, "list_active has room for as many words as threads that pool");
 
 // One axis of the block grid. Pixels are counted in 64 bits, blocks in 32.
 struct BlockAxis {
@@ -185,70 +185,40 @@ __device__ inline Pool pool_strip(const Reduction& r, const Strip& s, int64 imag
     return mine;
 }
 
-// A word, as the CTA that lists it knows it.
-struct ListedWord {
-    unsigned int bits;
-    int before;               // active blocks before the word's
-    int image, line, column;  // of the word's first block
-};
-
-// Lists the active blocks of words [first, last), of which the first goes to row `next_row`; returns the row behind the
-// last. Threads look at a word each, so that all words come in one trip to memory; warps list a word each, and lanes a
-// block.
+// Lists the active blocks of words [first, last), the first of which goes to row `next_row`; returns the row behind the
+// last.
 __device__ inline int list_active(const Reduction& r, unsigned int first, unsigned int last, int next_row) {
-    __shared__ ListedWord words[kPoolThreads];
-    __shared__ int sums[kPoolThreads / kWarp];
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-    const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const int lane = thread % kWarp;
+    const int warps = blockDim.x * blockDim.y / kWarp;
 #pragma unroll 1
-    for (unsigned int chunk = first; chunk < last; chunk += threads) {
-        const unsigned int number = chunk + thread;
-        const unsigned int bits = number < last ? r.words[number] : 0;
-        int through = __popc(bits);
+    for (unsigned int chunk = first; chunk < last; chunk += kWarp) {
+        // Each warp scans kWarp words, one a lane, and lists the blocks of some, one block a lane.
+        const unsigned int word = chunk + lane < last ? r.words[chunk + lane] : 0;
+        int through = __popc(word);
 #pragma unroll
         for (int distance = 1; distance < kWarp; distance *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, through, distance);
             if (lane >= distance) through += other;
         }
-        if (lane == kWarp - 1) sums[warp] = through;
-        const unsigned int line = r.by_row_words(number);
-        const unsigned int image = r.by_blocks_h(line);
-        const unsigned int column = (number - line * static_cast<unsigned int>(r.row_words)) *
-                                    static_cast<unsigned int>(r.word_blocks);
-        __syncthreads();
-        int before = next_row + through - __popc(bits);
-#pragma unroll
-        for (int w = 0; w < kPoolThreads / kWarp; ++w) {
-            const int sum = w < warps ? sums[w] : 0;
-            if (w < warp) before += sum;
-            next_row += sum;
-        }
-        words[thread] = {bits, before, static_cast<int>(image),
-                         static_cast<int>(line - image * static_cast<unsigned int>(r.blocks_h)),
-                         static_cast<int>(column)};
-        __syncthreads();
-        const int count = last - chunk < static_cast<unsigned int>(threads) ? static_cast<int>(last - chunk) : threads;
-#pragma unroll 2
-        for (int k = warp; k < count; k += warps) {
-            const ListedWord word = words[k];
-            const int row = word.before + __popc(word.bits & ((1u << lane) - 1));
-            if ((word.bits >> lane & 1) == 0 || row >= r.capacity) continue;
+        const int words = last - chunk < kWarp ? static_cast<int>(last - chunk) : kWarp;
+#pragma unroll 4
+        for (int k = thread / kWarp; k < words; k += warps) {
+            const unsigned int bits = __shfl_sync(0xffffffffu, word, k);
+            const int row = next_row + __shfl_sync(0xffffffffu, through, k) - __popc(bits >> lane);
+            if ((bits >> lane & 1) == 0 || row >= r.capacity) continue;
+            const unsigned int line = r.by_row_words(chunk + k);
+            const unsigned int image = r.by_blocks_h(line);
+            const unsigned int column = (chunk + k - line * static_cast<unsigned int>(r.row_words)) *
+                                        static_cast<unsigned int>(r.word_blocks) + lane;
             int* triple = r.indices + 3 * static_cast<int64>(row);
-            triple[0] = word.image;
-            triple[1] = word.line;
-            triple[2] = word.column + lane;
+            triple[0] = static_cast<int>(image);
+            triple[1] = static_cast<int>(line - image * static_cast<unsigned int>(r.blocks_h));
+            triple[2] = static_cast<int>(column);
         }
+        next_row += __shfl_sync(0xffffffffu, through, kWarp - 1);
     }
     return next_row;
-}
-
-// Makes this CTA's share of the rows from `first` on (-1, -1, -1), where that is asked for.
-__device__ inline void pad_rows(const Reduction& r, int64 first) {
-    if (r.pad == 0) return;
-    const int threads = blockDim.x * blockDim.y;
-    const int64 step = static_cast<int64>(gridDim.x) * threads;
-    int64 k = 3 * first + static_cast<int64>(blockIdx.x) * threads + threadIdx.y * blockDim.x + threadIdx.x;
-    for (; k < 3 * r.capacity; k += step) r.indices[k] = -1;
 }
 
 __device__ inline void tell_count(const Reduction& r, int count) {
@@ -256,33 +226,29 @@ __device__ inline void tell_count(const Reduction& r, int count) {
     if (r.host_count != nullptr) *r.host_count = count;
 }
 
-// Is this the last CTA of the grid to get here? It then sees what all others wrote before: fences of one thread order
-// what the barriers beside them have shown to it, and what they show to the others.
+// Is this the last CTA of the grid to get here? It then sees what all others wrote before.
 __device__ inline bool arrives_last(unsigned int* arrivals) {
     __shared__ bool last;
+    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
-        __threadfence();
-        last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
-        __threadfence();
-    }
+    if (threadIdx.x == 0 && threadIdx.y == 0) last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
     __syncthreads();
+    __threadfence();
     return last;
 }
 
 // One CTA pools a strip of neighbouring blocks of one grid row. Where there is little to do, the last CTA to finish
-// lists the active blocks, and no other kernel need be launched: all rows are padded before, in time that would pass in
-// waiting for the mask.
+// lists the active blocks, and no other kernel need be launched.
 // Registers: at most 128.
 template <typename T, template <typename> class PoolOf, int kLanes>
 __global__ void __launch_bounds__(kPoolThreads, ctas_that_fit(PoolOf<T>::kCtas)) block_activity(const Reduction r) {
+    let_later_kernels_start();
     const unsigned int grid_row = r.by_strips(blockIdx.x);
     const unsigned int image = r.by_blocks_h(grid_row);
     const unsigned int number = blockIdx.x - grid_row * static_cast<unsigned int>(r.strips);
     int64 top, bottom;
     pixels_of(r.height, grid_row - image * static_cast<unsigned int>(r.blocks_h), top, bottom);
     const Strip strip = strip_at(r, number);
-    if (r.arrivals != nullptr) pad_rows(r, 0);
 
     const auto mine = pool_strip<T, PoolOf<T>, kLanes>(r, strip, image, top, bottom);
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -325,6 +291,7 @@ __device__ inline void sum_threads(int& a, int& b) {
 // Counts the active blocks of each tile.
 // Registers: at most 40.
 __global__ void __launch_bounds__(kCompactThreads) count_active(const Reduction r) {
+    wait_for_earlier_kernels();
     const int64 begin = blockIdx.x * r.tile;
     const int64 end = begin + r.tile < r.words_end ? begin + r.tile : r.words_end;
     int count = 0, unused = 0;
@@ -336,8 +303,9 @@ __global__ void __launch_bounds__(kCompactThreads) count_active(const Reduction 
 
 // Each CTA lists the active blocks of its tile, behind those of all tiles before it. It counts those itself: to read
 // some thousand words once more takes less time than to wait for another kernel.
-// Registers: at most 48.
+// Registers: at most 40.
 __global__ void __launch_bounds__(kCompactThreads) compact_active(const Reduction r) {
+    wait_for_earlier_kernels();
     const int64 begin = blockIdx.x * r.tile;
     const int64 end = begin + r.tile < r.words_end ? begin + r.tile : r.words_end;
     const int parts = static_cast<int>(r.tile_counts == nullptr ? r.words_end : r.tiles);
@@ -352,7 +320,11 @@ __global__ void __launch_bounds__(kCompactThreads) compact_active(const Reductio
     sum_threads(before, count);
     list_active(r, static_cast<unsigned int>(begin), static_cast<unsigned int>(end), before);
     if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, count);
-    pad_rows(r, count);
+    if (r.pad == 0) return;
+    const int64 step = static_cast<int64>(gridDim.x) * kCompactThreads;
+    for (int64 k = 3 * int64{count} + blockIdx.x * kCompactThreads + threadIdx.x; k < 3 * r.capacity; k += step) {
+        r.indices[k] = -1;
+    }
 }
 
 }  // namespace sbnet

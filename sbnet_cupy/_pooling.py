@@ -28,8 +28,9 @@ _ROWS = 9
 #: More would read a small mask no faster, and leave more words to compact.
 _ENOUGH_CTAS = 66
 
-#: Where words are at most so many, the last CTA of pooling compacts them: a launch is saved, but one CTA lists all
-#: blocks.
+#: Where the host waits for the count and words are at most so many, the last CTA of pooling compacts them: the host saves
+#: a launch, but one CTA lists all blocks. In a CUDA graph two kernels are faster: 400x700 pixels on an H200 took 5.5 us
+#: in one.
 _FUSED_WORDS = 256
 
 #: Words that a CTA compacts: one for each warp where words are few, so that all are listed at once, else more, so that
@@ -73,8 +74,8 @@ def reduce_mask(
     _jit.launch(ready.pooling, ready.grid, ready.block, argument)
     if not arrivals:
         if ready.tile_counts_offset:
-            _jit.launch(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
-        _jit.launch(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), argument)
+            _jit.launch_early(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), 0, argument)
+        _jit.launch_early(COMPACT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), 0, argument)
     rows = capacity if waiting is None else waiting.wait()
     return cupy.ndarray((rows, 3), _INT32, indices), cupy.ndarray((1,), _INT32, bin_counts)
 
@@ -181,7 +182,7 @@ def prepare(
         grid=(ctas, 1, 1),
         block=(strips.columns, strips.row_threads, 1),
         argument=Template(7, fields),
-        fused=words <= _FUSED_WORDS,
+        fused=capacity is None and words <= _FUSED_WORDS,
         tiles=(tiles, 1, 1),
         **_memory(words, tiles, rows, given),
     )

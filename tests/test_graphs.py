@@ -338,7 +338,8 @@ def fused_calls(x: Any, out: Any) -> dict[str, Callable[[], Any]]:
 
 
 def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
-    """As multiples of a launch of CuPy's with 12 arguments: 6 us on an H200's host. All but the copy are one launch."""
+    """As multiples of a launch of CuPy's with 12 arguments: 6 us on an H200's host. Two launches are those of
+    reduce_mask; the copy comes with a command to the driver."""
     launch = cupy.RawKernel(
         'extern "C" __global__ void f(float*, float*, float*, float*, int, int, int, int, int, int, int, int) {}', "f"
     )
@@ -353,7 +354,7 @@ def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
         "scatter": (2.5, lambda: sbnet_cupy.sparse_scatter_var(tiles, *rows, x, **TILES)),
         "add": (2.5, lambda: sbnet_cupy.sparse_scatter_var(tiles, *rows, x, **TILES, add=True)),
         "overlapping": (2.5, lambda: sbnet_cupy.sparse_scatter_var(stack, *rows, x, **HALO, add=True, atomic=True)),
-        "reduce_mask": (2.75, lambda: sbnet_cupy.reduce_mask(mask, (4, 4), **HALO, capacity=16)),
+        "reduce_mask": (3.0, lambda: sbnet_cupy.reduce_mask(mask, (4, 4), **HALO, capacity=16)),
         "copy": (3.5, lambda: sbnet_cupy.sparse_scatter(tiles, *rows, x, **TILES, out=out)),
         **{name: (4.5, call) for name, call in fused_calls(x, out).items()},
     }

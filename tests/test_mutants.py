@@ -1371,56 +1371,28 @@ scan-lane: reduce_mask.cu, compact
 + if (lane > distance)
 
 words-past-the-tile: reduce_mask.cu, compact
-- number < last ? r.words[number] : 0
-+ r.words[number]
+- chunk + lane < last ? r.words[chunk + lane] : 0
++ r.words[chunk + lane]
 
 words-not-listed: reduce_mask.cu, compact
-- k < count; k += warps
-+ k < count; k += 2 * warps
-
-words-beyond-the-last: reduce_mask.cu, compact
-- static_cast<unsigned int>(threads) ? static_cast<int>(last - chunk) :
-+
+- k < words; k += warps
++ k < words; k += 2 * warps
 
 next-chunk: reduce_mask.cu, compact
-- next_row += sum;
+- next_row += __shfl_sync(0xffffffffu, through, kWarp - 1);
 +
-
-rows-of-warps-before: reduce_mask.cu, compact
-- if (w < warp) before += sum;
-+
-
-sums-of-warps-there: reduce_mask.cu, compact
-- const int sum = w < warps ? sums[w] : 0;
-+ const int sum = sums[w];
-
-sum-of-the-last-lane: reduce_mask.cu, compact
-- lane == kWarp - 1) sums
-+ lane == 0) sums
-
-barrier-after-sums: reduce_mask.cu, compact
-- static_cast<unsigned int>(r.word_blocks); __syncthreads();
-+ static_cast<unsigned int>(r.word_blocks);
-
-barrier-after-words: reduce_mask.cu, compact
-- static_cast<int>(column)}; __syncthreads();
-+ static_cast<int>(column)};
 
 row-of-own-lane: reduce_mask.cu, compact
-- (1u << lane) - 1)
-+ (2u << lane) - 1)
+- __popc(bits >> lane)
++ __popc(bits >> (lane + 1))
 
 block-not-active: reduce_mask.cu, compact
-- (word.bits >> lane & 1) == 0 ||
+- (bits >> lane & 1) == 0 ||
 +
 
 blocks-of-a-word: reduce_mask.cu, compact
-- * static_cast<unsigned int>(r.word_blocks);
-+ * kWarp;
-
-block-of-a-word: reduce_mask.cu, compact
-- word.column + lane
-+ word.column
+- static_cast<unsigned int>(r.word_blocks) + lane
++ kWarp + lane
 
 count-step: reduce_mask.cu, compact
 - k < end; k += kCompactThreads
@@ -1450,30 +1422,6 @@ compact-padding: reduce_mask.cu, compact
 - if (r.pad == 0) return;
 + if (r.pad < 2) return;
 
-compact-padding-of-all: reduce_mask.cu, compact
-- pad_rows(r, count);
-+ pad_rows(r, 0);
-
-fused-padding: reduce_mask.cu, compact
-- if (r.arrivals != nullptr) pad_rows(r, 0);
-+
-
-padding-of-one-row: reduce_mask.cu, compact
-- 3 * first + static_cast<int64>(blockIdx.x) * threads +
-+ first + static_cast<int64>(blockIdx.x) * threads +
-
-padding-of-one-cta: reduce_mask.cu, compact
-- static_cast<int64>(blockIdx.x) * threads + threadIdx.y
-+ threadIdx.y
-
-padding-step: reduce_mask.cu, compact
-- k < 3 * r.capacity; k += step
-+ k < 3 * r.capacity; k += 2 * step
-
-padding-too-far: reduce_mask.cu, compact
-- k < 3 * r.capacity;
-+ k <= 3 * r.capacity;
-
 compact-count-of-all: reduce_mask.cu, compact
 - if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, count);
 + if (blockIdx.x == 0 && threadIdx.x == 0) tell_count(r, before);
@@ -1483,8 +1431,8 @@ fused-too-early: reduce_mask.cu, compact
 + atomicAdd(arrivals, 1u) == gridDim.x - 2
 
 fused-barrier: reduce_mask.cu, compact
-- __threadfence(); } __syncthreads();
-+ __threadfence(); }
+- == gridDim.x - 1; __syncthreads();
++ == gridDim.x - 1;
 
 fused-once-only: reduce_mask.cu, compact
 - *r.arrivals = 0;
@@ -1720,18 +1668,13 @@ no-fence: cover.cu, add
 
 fused-no-fence: reduce_mask.cu, compact
 = blocks run one after the other
-- __threadfence(); last =
-+ last =
-
-fused-barrier-before: reduce_mask.cu, compact
-= blocks run one after the other
-- __shared__ bool last; __syncthreads();
-+ __shared__ bool last;
+- __threadfence(); __syncthreads(); if
++ __syncthreads(); if
 
 fused-no-fence-after: reduce_mask.cu, compact
 = blocks run one after the other
-- gridDim.x - 1; __threadfence();
-+ gridDim.x - 1;
+- __syncthreads(); __threadfence(); return last;
++ __syncthreads(); return last;
 
 no-compare-and-swap: cover.cu, add
 = fibers switch at barriers and warp functions only, so two never update a word at one time

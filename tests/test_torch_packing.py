@@ -241,7 +241,7 @@ class TestOnADevice:
         with torch.no_grad():
             if name != "conv":
                 return _bottleneck.bottleneck_op(x, weights, [], None, *rows, [8, 8])
-            bias = module.bias.float()
+            bias = module.bias if module.bias.dtype == torch.float64 else module.bias.float()
             return _conv.conv2d_op(x, *weights, [], None, bias, None, *rows, [8, 8], [1, 1, 1, 1])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
