@@ -120,10 +120,7 @@ __device__ inline void write_along_channels(const Transfer& t, const Tile& tile,
         const Group group = groups(k);
         if (!group.exists) continue;
         const int slot = tile.slot(group.block, group.pixel, group.channel);
-        Vec<Word, kLanes> words;
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) words.lane[i] = tile.word[slot + i * tile.kChannelStep];
-        store_lanes(t.stack, target(group), words);
+        store_lanes(t.stack, target(group), load_lanes<Word, kLanes>(tile.word, slot));
     }
 }
 
@@ -170,8 +167,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t
             fill<kChannelLanes>(tile, t.image, AlongChannels<Shape, kChannelLanes>(part), locate);
             write_along_pixels<kPixelLanes, kPixels>(t, tile, part, target);
         } else {
-            __shared__ ChannelTile<Word, Shape> tile;
-            fill<1>(tile, t.image, AlongPixels<Shape, 1>(part), locate);
+            __shared__ PixelTile<Word, Shape, 1> tile;
+            fill_across(tile, t.image, t.image_strides[3], AcrossPixels<Shape>(part), part.channels, locate);
             write_along_channels<kChannelLanes>(t, tile, part, target);
         }
         __syncthreads();
