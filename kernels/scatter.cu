@@ -187,8 +187,9 @@ __device__ inline void put_across(const Transfer& t, const Members& members, con
                                   Owns owns) {
     using Word = typename Combine::Word;
     using Shape = typename Tile::Shape;
-    using Groups = AcrossPixels<Shape>;
     constexpr int kPiece = Shape::kPiece;
+    // Sums take registers for the image's words, too: those of 16 halves would spill.
+    using Groups = AcrossPixels<Shape, Combine::kAdds && kPiece >= 8 ? kPiece : kPiece == 16 ? 16 : 2 * kPiece>;
     const Groups groups(part);
     const int64 stride = t.image_strides[3];
 #pragma unroll 1
