@@ -200,8 +200,9 @@ __device__ inline void put_across(const Transfer& t, const Members& members, con
         const Index pixel = part.first_pixel + group.pixel;
         const Index row = pixel / kBlockW, column = pixel % kBlockW;
         if (!member.puts || !member.at.inside.contains(row, column) || !owns(row, column)) continue;
-        Word* const target = word_at<Word>(t.image, member.at.image_origin + image_offset<Index>(t, row, column) +
-                                                        static_cast<int64>(part.first_channel + group.channel) * stride);
+        const int64 offset = member.at.image_origin + image_offset<Index>(t, row, column) +
+                             static_cast<int64>(part.first_channel + group.channel) * stride;
+        Word* const target = word_at<Word>(t.image, offset);
         Vec<Word, kPiece> words[Groups::kLanes / kPiece];
 #pragma unroll
         for (int p = 0; p < Groups::kLanes / kPiece; ++p) {
