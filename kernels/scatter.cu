@@ -179,6 +179,58 @@ __device__ inline void put_groups(const Transfer& t, const Members& members, con
     }
 }
 
+// Combines a tile with an image whose channels lie apart, where owns(row, column) says so: a thread takes channels of a
+// pixel, which it finds once for all of them.
+template <typename Combine, typename Index, Index kBlockW, typename Members, typename Tile, typename Part,
+          typename Owns>
+__device__ inline void put_across(const Transfer& t, const Members& members, const Tile& tile, const Part& part,
+                                  Owns owns) {
+    using Word = typename Combine::Word;
+    using Shape = typename Tile::Shape;
+    constexpr int kPiece = Shape::kPiece;
+    // Sums take registers for the image's words, too: those of 16 halves would spill.
+    using Groups = AcrossPixels<Shape, Combine::kAdds && kPiece >= 8 ? kPiece : kPiece == 16 ? 16 : 2 * kPiece>;
+    const Groups groups(part);
+    const int64 stride = t.image_strides[3];
+#pragma unroll 1
+    for (int k = groups.first; k < groups.count; k += groups.step) {
+        const Group group = groups(k);
+        if (!group.exists) continue;
+        const Member<Index>& member = members[group.block];
+        const Index pixel = part.first_pixel + group.pixel;
+        const Index row = pixel / kBlockW, column = pixel % kBlockW;
+        if (!member.puts || !member.at.inside.contains(row, column) || !owns(row, column)) continue;
+        const int64 offset = member.at.image_origin + image_offset<Index>(t, row, column) +
+                             static_cast<int64>(part.first_channel + group.channel) * stride;
+        Word* const target = word_at<Word>(t.image, offset);
+        Vec<Word, kPiece> words[Groups::kLanes / kPiece];
+#pragma unroll
+        for (int p = 0; p < Groups::kLanes / kPiece; ++p) {
+            words[p] = load_lanes<Word, kPiece>(
+                tile.word, tile.slot(group.block, group.pixel, group.channel + p * kPiece));
+        }
+        const int channels = part.channels - group.channel;
+        if constexpr (Combine::kAdds) {
+            Word base[Groups::kLanes];
+            const Word* from = target;
+            for_channels<Groups::kLanes>(channels, [&](int i) {
+                base[i] = *from;
+                from += stride;
+            });
+#pragma unroll
+            for (int i = 0; i < Groups::kLanes; ++i) {
+                Word& word = words[i / kPiece].lane[i % kPiece];
+                if (i < channels) word = sum_of<Combine>(base[i], word);
+            }
+        }
+        Word* to = target;
+        for_channels<Groups::kLanes>(channels, [&](int i) {
+            *to = words[i / kPiece].lane[i % kPiece];
+            to += stride;
+        });
+    }
+}
+
 // Combines the blocks of a CTA with the image, tile by tile.
 template <typename Combine, typename Shape, bool kImageAlongChannels, int kChannelLanes, int kPixelLanes,
           typename Index, Index kBlockH, Index kBlockW, typename Owns>
@@ -204,10 +256,9 @@ __device__ inline void put_tiles(const Transfer& t, const Cta& cta, const Member
             const AlongChannels<Shape, kChannelLanes> groups(part);
             put_groups<Combine, kChannelLanes, Index, kBlockW>(t, members, tile, groups, part, owns);
         } else {
-            __shared__ PixelTile<Word, Shape> tile;
+            __shared__ PixelTile<Word, Shape, 1> tile;
             fill<kChannelLanes>(tile, t.stack, AlongChannels<Shape, kChannelLanes>(part), locate);
-            const AlongPixels<Shape, 1> groups(part);
-            put_groups<Combine, 1, Index, kBlockW>(t, members, tile, groups, part, owns);
+            put_across<Combine, Index, kBlockW>(t, members, tile, part, owns);
         }
         __syncthreads();
     }

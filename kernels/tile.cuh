@@ -46,17 +46,18 @@ struct TileShape {
     static constexpr int kElements = kBlocks * kPitch * kChannels;
 };
 
-// A tile in which each pixel's channels lie together.
-template <typename Word, typename ShapeOf>
+// A tile in which each pixel's channels lie together. Pieces swap places every kEvery pixels, so that threads that read
+// or write the same channels of pixels kEvery apart find different banks: kPiece of them for those that take single
+// words of kPiece pixels, 1 for those that take pieces of one.
+template <typename Word, typename ShapeOf, int kEvery = ShapeOf::kPiece>
 struct PixelTile {
     using Element = Word;
     using Shape = ShapeOf;
     static constexpr int kPixelStep = Shape::kChannels;  // from a pixel to the next, where they move places together
-    static constexpr int kChannelStep = 1;               // from a channel to the next of the same piece
     alignas(kPieceBytes) Word word[Shape::kElements];
 
     __device__ static int slot(int block, int pixel, int channel) {
-        const int piece = channel / Shape::kPiece ^ pixel / Shape::kPiece % 8;
+        const int piece = channel / Shape::kPiece ^ pixel / kEvery % 8;
         return (block * Shape::kPixels + pixel) * Shape::kChannels + piece * Shape::kPiece + channel % Shape::kPiece;
     }
 };
@@ -199,6 +200,45 @@ struct Patches {
     static constexpr int kRuns = Shape::kPixels / kRun;
     int pixels, per_block;
 };
+
+// Groups of kLanes channels of a pixel; neighbouring threads take neighbouring pixels, also of the next row and of the
+// next block. For a tensor that is contiguous along pixels: where a pixel lies is found once for all its channels.
+template <typename Shape, int kGroupLanes = Shape::kPiece == 16 ? 16 : 2 * Shape::kPiece>
+struct AcrossPixels {
+    static constexpr int kLanes = kGroupLanes;  // whole pieces, as many as registers hold
+    int first, count;
+    static constexpr int step = kTileThreads;
+
+    template <typename Index>
+    __device__ explicit AcrossPixels(const Part<Shape, Index>& part)
+        : first(threadIdx.x), count((part.channels + kLanes - 1) / kLanes * kAll), blocks(part.blocks),
+          pixels(part.pixels) {}
+    __device__ Group operator()(int k) const {
+        const int place = k % kAll;
+        const int block = Shape::kBlocks == 1 ? 0 : place / Shape::kPixels;
+        const int pixel = place - block * Shape::kPixels;
+        return {block, pixel, k / kAll * kLanes,
+                k < count && (Shape::kBlocks == 1 || block < blocks) && (Shape::kWhole || pixel < pixels)};
+    }
+
+   private:
+    static constexpr int kAll = Shape::kBlocks * Shape::kPixels;
+    int blocks, pixels;
+};
+
+// Calls visit(i) for the channels of a group, of which there are fewer than kLanes only at the end of a tensor.
+template <int kLanes, typename Visit>
+__device__ inline void for_channels(int channels, Visit visit) {
+    if (channels >= kLanes) {
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) visit(i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) {
+            if (i < channels) visit(i);
+        }
+    }
+}
 
 // The blocks of a CTA: one that has only one keeps it in registers.
 template <typename Block, int kBlocks>

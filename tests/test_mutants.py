@@ -71,6 +71,8 @@ def scatter_families(add: bool) -> dict[str, list[Call]]:
             for way, changes in calls.with_lookups(name, patches).items()
         ]
 
+    odd, _ = calls.large_cases("tiled", HALF)["odd-parts-apart"]
+
     def near_and_far(transpose: bool) -> list[Call]:
         return [call for call in calls.overlap_calls(add, transpose) if not re.search("apart|beside", call.name)]
 
@@ -78,7 +80,9 @@ def scatter_families(add: bool) -> dict[str, list[Call]]:
         name: large("apart", "direct"),
         f"{name}_overlaps": near_and_far(False) + large("overlapping", "direct"),
         f"{name}_tiled": large("apart", "tiled"),
+        f"{name}_half_tiled": [make(odd, "odd-parts-half")],
         f"{name}_back": large("apart", "back"),
+        f"{name}_back_overlaps": large("overlapping", "back"),
         f"{name}_tiled_overlaps": near_and_far(True) + large("overlapping", "tiled"),
     }
 
@@ -319,8 +323,8 @@ load-one-word-off: vec.cuh, gather_half
 + return *(reinterpret_cast<const Word*>(&bits) + 1);
 
 pixel-swizzle-too-wide: tile.cuh, gather_tiled
-- pixel / Shape::kPiece % 8
-+ pixel / Shape::kPiece % 16
+- pixel / kEvery % 8
++ pixel / kEvery % 16
 
 pixel-tile-of-one-block: tile.cuh, gather_tiled
 - (block * Shape::kPixels + pixel)
@@ -330,19 +334,19 @@ pixel-step: tile.cuh, gather_tiled
 - kPixelStep = Shape::kChannels;
 + kPixelStep = Shape::kChannels + 1;
 
-channel-swizzle-too-wide: tile.cuh, gather_back
+channel-swizzle-too-wide: tile.cuh, scatter_tiled
 - channel / Shape::kPiece % Shape::kPlaces
 + channel / Shape::kPiece % (2 * Shape::kPlaces)
 
-pitch-of-pixels: tile.cuh, gather_back
+pitch-of-pixels: tile.cuh, scatter_tiled
 - kSwaps ? round_up(kPixels, kPlaces * kPiece) : kPixels
 + kPixels
 
-channel-tile-of-one-block: tile.cuh, gather_back
+channel-tile-of-one-block: tile.cuh, scatter_tiled
 - (block * Shape::kChannels + channel) * Shape::kPitch
 + channel * Shape::kPitch
 
-channel-step: tile.cuh, gather_back
+channel-step: tile.cuh, scatter_tiled
 - kChannelStep = Shape::kPitch;
 + kChannelStep = Shape::kPixels;
 
@@ -418,7 +422,7 @@ part-tail-along-pixels: tile.cuh, gather_tiled
 - element / Shape::kPixels, k < count && (Shape::kWhole || pixel < pixels)}
 + element / Shape::kPixels, k < count}
 
-batch-tail-along-pixels: tile.cuh, scatter_back
+batch-tail-along-pixels: tile.cuh, scatter_half_tiled
 - element / Shape::kPixels, k < count && (
 + element / Shape::kPixels, (
 
@@ -455,16 +459,16 @@ run-too-long: tile.cuh, gather_half
 +
 
 fill-without-bound: tile.cuh, scatter_tiled
-- if (!group.exists) continue;
-+
+- if (!group.exists) continue; int64 offset
++ int64 offset
 
 fill-beyond-the-image: tile.cuh, gather_tiled
 - const bool found = locate(group, offset);
 + locate(group, offset); const bool found = true;
 
 fill-step: tile.cuh, gather_half
-- first += kBatch * groups.step
-+ first += (kBatch + 1) * groups.step
+- first += kBatch * groups.step) { if constexpr
++ first += (kBatch + 1) * groups.step) { if constexpr
 
 fill-zeros: tile.cuh, gather_half
 - words[u] = {};
@@ -497,6 +501,38 @@ places-of-the-first-part: gather.cu, gather_back
 places-outside: gather.cu, gather_back
 - if (at.inside.contains(row, column)) {
 + if (at.touches_image) {
+
+across-slices: tile.cuh, scatter_back
+- (part.channels + kLanes - 1) / kLanes * kAll
++ part.channels / kLanes * kAll
+
+across-channel: tile.cuh, scatter_back
+- k / kAll * kLanes, k < count
++ k / kAll, k < count
+
+across-batch-tail: tile.cuh, scatter_back
+- k / kAll * kLanes, k < count &&
++ k / kAll * kLanes,
+
+across-place-of-all-channels: tile.cuh, scatter_back
+- const int place = k % kAll;
++ const int place = k;
+
+across-pixel-of-all-blocks: tile.cuh, scatter_back
+- const int pixel = place - block * Shape::kPixels;
++ const int pixel = place;
+
+across-blocks-beyond-the-rows: tile.cuh, scatter_back
+- (Shape::kBlocks == 1 || block < blocks) &&
++
+
+across-beyond-the-last-channel: tile.cuh, scatter_back
+- if (i < channels) visit(i);
++ visit(i);
+
+across-whole-slices: tile.cuh, scatter_back
+- if (channels >= kLanes) {
++ if (channels >= 1) {
 
 gather-rows: gather.cu, gather
 - if (share.row >= t.rows) return;
@@ -562,17 +598,13 @@ patch-of-one-pixel: gather.cu, gather_half
 - slot + i * tile.kPixelStep
 + slot
 
-tile-not-turned: gather.cu, gather_back
-- slot + i * tile.kChannelStep
-+ slot + i
-
 place-beyond-the-rows: gather.cu, gather_tiled
 - threadIdx.x < Shape::kBlocks && first_row + threadIdx.x < t.rows
 + threadIdx.x < Shape::kBlocks
 
 place-barrier: gather.cu, gather_tiled
-- __syncthreads(); const Blocks
-+ const Blocks
+- __syncthreads(); const Index channels
++ const Index channels
 
 rows-of-a-tile: gather.cu, gather_tiled
 - t.rows - first_row
@@ -593,6 +625,10 @@ channels-of-the-first-tile: gather.cu, gather_tiled
 pixels-of-the-first-part: gather.cu, gather_tiled
 - const Index pixel = part.first_pixel + group.pixel; const Index row
 + const Index pixel = group.pixel; const Index row
+
+tile-not-turned: gather.cu, gather_back
+- slot + i * tile.kChannelStep
++ slot + i
 
 tile-barrier: gather.cu, gather_tiled
 - target); } __syncthreads();
@@ -687,8 +723,8 @@ tile-outside: scatter.cu, scatter_tiled
 +
 
 tile-of-the-first-block: scatter.cu, scatter_tiled
-- member = members[group.block];
-+ member = members[0];
+- if (writes[u]) { const Member<Index>& member = members[group.block];
++ if (writes[u]) { const Member<Index>& member = members[0];
 
 put-not-turned: scatter.cu, scatter_tiled
 - slot + i * Tile::kChannelStep
@@ -701,6 +737,46 @@ put-groups-twice: scatter.cu, add_tiled
 put-one-base: scatter.cu, add_tiled
 - base[u].lane[i], words
 + base[0].lane[i], words
+
+across-of-the-first-block: scatter.cu, scatter_back
+- if (!group.exists) continue; const Member<Index>& member = members[group.block];
++ if (!group.exists) continue; const Member<Index>& member = members[0];
+
+across-of-the-first-part: scatter.cu, scatter_back
+- part.first_pixel + group.pixel; const Index row
++ group.pixel; const Index row
+
+across-of-an-idle-row: scatter.cu, scatter_back
+- !member.puts ||
++
+
+across-outside: scatter.cu, scatter_back
+- !member.at.inside.contains(row, column) ||
++
+
+across-owned-by-nobody-else: scatter.cu, scatter_back_overlaps
+- || !owns(row, column)) continue;
++ ) continue;
+
+across-channel-of-the-tile: scatter.cu, scatter_back
+- static_cast<int64>(part.first_channel + group.channel) * stride
++ static_cast<int64>(group.channel) * stride
+
+across-first-piece: scatter.cu, scatter_back
+- group.channel + p * kPiece)
++ group.channel)
+
+across-one-base: scatter.cu, add_back
+- sum_of<Combine>(base[i], word)
++ sum_of<Combine>(base[0], word)
+
+across-base-step: scatter.cu, add_back
+- from += stride;
++ ++from;
+
+across-step: scatter.cu, scatter_back
+- to += stride;
++ ++to;
 
 source-of-the-first-block: scatter.cu, scatter_tiled
 - offset = (first_row + group.block) * t.stack_strides[0]
@@ -1661,6 +1737,11 @@ bottleneck-meeting-not-left: bottleneck.cu, bottleneck
 
 #: Changes that no run on a CPU can tell from the original, each with the reason.
 SURVIVORS = """
+across-part-tail: tile.cuh, scatter_back
+= pixels beyond the last part are beyond the block's last row, too: they are zeros that nothing reads
+- (Shape::kBlocks == 1 || block < blocks) && (Shape::kWhole || pixel < pixels)
++ (Shape::kBlocks == 1 || block < blocks)
+
 no-fence: cover.cu, add
 = fibers see each other's writes at once, and in order
 - __threadfence();
@@ -1683,12 +1764,12 @@ no-compare-and-swap: cover.cu, add
 
 no-wait: tile.cuh, gather_tiled
 = the plain twin of an asynchronous copy is done at once
-- wait_async(); __syncthreads();
-+ __syncthreads();
+- wait_async(); __syncthreads(); } // Where
++ __syncthreads(); } // Where
 
 bank-conflicts: tile.cuh, gather_tiled
 = the same result, only slower: whoever writes or reads a tile asks for the same slot
-- pixel / Shape::kPiece % 8
+- pixel / kEvery % 8
 + 0
 
 uneven-batches: transfer.cuh, gather
