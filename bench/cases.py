@@ -352,6 +352,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gather, NCHW memory, transpose": ("gather", {"nchw": True, "transpose": True}),
     "scatter": ("scatter", {}),
     "scatter, transpose": ("scatter", {"transpose": True}),
+    "scatter, NCHW memory": ("scatter", {"nchw": True}),
     "scatter, NCHW memory, transpose": ("scatter", {"nchw": True, "transpose": True}),
     "scatter, add": ("add", {}),
     "scatter, add, overlapping": ("add", {"overlap": True}),
