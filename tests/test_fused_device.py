@@ -80,6 +80,37 @@ def test_neighbours_in_place(size: tuple[int, int], route: Route, dtype: str, tf
         assert bool((y == apart).all())
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_kernel_that_starts_early_sees_all_that_was_before_it(captured: bool) -> None:
+    """Each link reads the whole image that the one before wrote, and overwrites what the one before that has read."""
+    case = Bottleneck((120, 130), 96, 24, "float16", False)
+    first, links = cupy.asarray(case.x), 30
+    half = cupy.float16(0.5)
+
+    def chain(images: list[Any], wait: bool) -> None:
+        for k in range(links):
+            source, target = images[k % 2], images[(k + 1) % 2]
+            if k % 3 == 2:  # with a kernel of another kind between
+                cupy.multiply(source, half, out=source)
+            case.run(source, out=target)
+            if wait:
+                cupy.cuda.get_current_stream().synchronize()
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        expected, found = ([first.copy(), cupy.empty_like(first)] for _ in range(2))
+        chain(expected, wait=True)
+        if captured:
+            stream.begin_capture()
+            chain(found, wait=False)
+            stream.end_capture().launch(stream)
+        else:
+            chain(found, wait=False)
+        stream.synchronize()
+    assert bool((found[links % 2] == expected[links % 2]).all())
+    assert bool(cupy.isfinite(found[links % 2]).all())
+
+
 def test_two_streams_at_once() -> None:
     """Chains in place on one stream each, of CTAs that wait for each other, do not disturb one another."""
     cases = [Bottleneck((40, 56), 64, 16, "float16", False), Bottleneck((56, 40), 64, 16, "float16", False)]
