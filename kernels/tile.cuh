@@ -218,7 +218,7 @@ struct AcrossPixels {
         const int block = Shape::kBlocks == 1 ? 0 : place / Shape::kPixels;
         const int pixel = place - block * Shape::kPixels;
         return {block, pixel, k / kAll * kLanes,
-                k < count && (Shape::kBlocks == 1 || block < blocks) && (Shape::kWhole || pixel < pixels)};
+                (Shape::kBlocks == 1 || block < blocks) && (Shape::kWhole || pixel < pixels)};
     }
 
    private:

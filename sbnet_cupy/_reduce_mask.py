@@ -102,9 +102,9 @@ def reduce_mask(
     Notes
     -----
     With CuPy arrays, work runs on the current stream. Without `capacity` it synchronises that stream once, to read
-    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid. With `capacity`
-    it does not synchronise, but for the first call on a device, which sets half a megabyte aside for counters and
-    waits until they are zero. Both results are views of one allocation, or lie in `out`. Scratch memory of 4 bytes for
+    the count (4 bytes), and the indices are a view of a buffer of 12 bytes for each block of the grid; the first such
+    call on a device sets half a megabyte aside for counters, and waits until they are zero. With `capacity` it does not
+    synchronise. Both results are views of one allocation, or lie in `out`. Scratch memory of 4 bytes for
     each up to 32 neighbouring blocks of a grid row lies in that allocation too where it takes less than the indices or
     4 KB, and otherwise goes back to CuPy's pool on return. The result is bitwise reproducible; for average pooling of
     floating masks, NumPy and CuPy may differ by the rounding of a float64 sum.

@@ -338,8 +338,10 @@ def fused_calls(x: Any, out: Any) -> dict[str, Callable[[], Any]]:
 
 
 def test_a_call_costs_the_host_little_more_than_a_launch() -> None:
-    """As multiples of a launch of CuPy's with 12 arguments: 6 us on an H200's host. Two launches are those of
-    reduce_mask; the copy comes with a command to the driver."""
+    """As multiples of a launch of CuPy's with 12 arguments: 6 us on an H200's host.
+
+    reduce_mask is two launches, and the copy a command to the driver besides.
+    """
     launch = cupy.RawKernel(
         'extern "C" __global__ void f(float*, float*, float*, float*, int, int, int, int, int, int, int, int) {}', "f"
     )

@@ -507,12 +507,8 @@ across-slices: tile.cuh, scatter_back
 + part.channels / kLanes * kAll
 
 across-channel: tile.cuh, scatter_back
-- k / kAll * kLanes, k < count
-+ k / kAll, k < count
-
-across-batch-tail: tile.cuh, scatter_back
-- k / kAll * kLanes, k < count &&
-+ k / kAll * kLanes,
+- k / kAll * kLanes, (Shape
++ k / kAll, (Shape
 
 across-place-of-all-channels: tile.cuh, scatter_back
 - const int place = k % kAll;
