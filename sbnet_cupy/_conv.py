@@ -237,7 +237,8 @@ def _prepare(
     check_indices(inputs["bin_counts"], inputs["active_block_indices"])
     shape = (x.shape[0], *layer.out_size, w.shape[3])
     out = Spec.contiguous(shape, x.dtype, device) if given is None else Spec(*given)
-    for name, spec in {**{name: inputs[name] for name in ("base",) if name in inputs}, "out": out}.items():
+    targets = [("base", inputs["base"])] if "base" in inputs else []
+    for name, spec in [*targets, ("out", out)]:
         check_like(name, spec, x.dtype, shape, "N, H_out, W_out, K")
         check_place(name, spec, device)
     rows = inputs["active_block_indices"]
