@@ -172,7 +172,7 @@ def sparse_res_block_bottleneck(
     in_place = out is not None and same_memory(x, out)
     looks, given = (look_at(x), look_at(rows), look_at(counts)), None if out is None else look_at(out)
     how = parse_strides(strides), tf32, parse_engine(engine), current_device(xp)
-    call = _prepare(*looks, plain.form, given, in_place, params, *how)
+    call = prepare(*looks, plain.form, given, in_place, params, *how)
     if out is not None:
         inputs = {"active_block_indices": rows, "bin_counts": counts, **plain.arrays}
         check_separate("out", out, call.reach, inputs if in_place else {"x": x, **inputs}, call.input_reaches)
@@ -198,7 +198,7 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(
+def prepare(
     image: Look,
     rows: Look,
     counts: Look,

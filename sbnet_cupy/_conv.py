@@ -179,7 +179,7 @@ def sparse_conv2d(
     relu, device = parse_activation(activation), current_device(xp)
     how = parse_strides(strides), parse_padding(padding), relu, tf32, parse_engine(engine)
     looks, given = tuple(map(look_at, inputs.values())), None if out is None else look_at(out)
-    call = _prepare(tuple(inputs), looks, given, params, *how, device)
+    call = prepare(tuple(inputs), looks, given, params, *how, device)
     if out is not None:
         check_separate("out", out, call.reach, inputs, call.input_reaches)
     affine = Affine(None, bias, relu)
@@ -229,7 +229,7 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(
+def prepare(
     names: tuple[str, ...],
     looks: tuple[Look, ...],
     given: Look | None,
