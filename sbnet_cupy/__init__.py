@@ -10,9 +10,10 @@ from ._conv import conv2d, sparse_conv2d
 from ._conv_geometry import BlockParams, calc_block_params, calc_block_params_res_block
 from ._gather import sparse_gather
 from ._grad import ScatterGrad, sparse_gather_grad, sparse_scatter_grad
-from ._jit import KernelCompileError, build_at_import, precompile
+from ._jit import KernelCompileError, build_at_import
 from ._pack_weights import PackedBottleneck, pack_weights
 from ._packing import PackedWeights
+from ._precompile import SparseCall, precompile
 from ._reduce_mask import BlockIndices, block_indices, reduce_mask
 from ._scatter import sparse_scatter, sparse_scatter_var
 from ._tune import BlockCandidate, BlockTuning, tune_block_size
@@ -29,6 +30,7 @@ __all__ = [
     "PackedBottleneck",
     "PackedWeights",
     "ScatterGrad",
+    "SparseCall",
     "block_indices",
     "calc_block_params",
     "calc_block_params_res_block",

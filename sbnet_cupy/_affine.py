@@ -39,11 +39,15 @@ class Affine(NamedTuple):
 
     def aligned(self) -> Affine:
         """The same with CuPy arrays as kernels read them: contiguous, from a multiple of 16 bytes on."""
+        if self.scale is None and self.shift is None:
+            return self
         return Affine(_aligned(self.scale), _aligned(self.shift), self.relu)
 
     @property
     def addresses(self) -> tuple[int, int]:
         """Where the arrays lie on the device, or 0."""
+        if self.scale is None and self.shift is None:
+            return 0, 0
         return _address(self.scale), _address(self.shift)
 
 

@@ -166,23 +166,22 @@ def sparse_res_block_bottleneck(
     """
     check_blocks(indices, params)
     plain, packed, tf32 = unpack_bottleneck(weights, allow_tf32)
-    arrays = {"x": x, "conv1": plain.conv1, **indices._asdict()}
+    rows, counts = indices
+    arrays = {"x": x, "conv1": plain.conv1, "active_block_indices": rows, "bin_counts": counts}
     xp = array_namespace(arrays, out)
     in_place = out is not None and same_memory(x, out)
-    looks, given = tuple(map(look_at, (x, *indices))), None if out is None else look_at(out)
-    device = current_device(xp)
-    call = _prepare(
-        *looks, plain.form, given, in_place, params, parse_strides(strides), tf32, parse_engine(engine), device
-    )
+    looks, given = (look_at(x), look_at(rows), look_at(counts)), None if out is None else look_at(out)
+    how = parse_strides(strides), tf32, parse_engine(engine), current_device(xp)
+    call = prepare(*looks, plain.form, given, in_place, params, *how)
     if out is not None:
-        named = {name: getattr(plain, name) for name in plain.form.specs}
-        inputs = {**indices._asdict(), **named} if in_place else {"x": x, **indices._asdict(), **named}
-        check_separate("out", out, call.reach, inputs, call.input_reaches)
-    how = Arithmetic(xp, tf32)
-    stacks = BlockStacks(indices, call.layers, params, x.shape[0], how)
-    stack = None if call.fused else _run_stacks(stacks, x, plain)
+        inputs = {"active_block_indices": rows, "bin_counts": counts, **plain.arrays}
+        check_separate("out", out, call.reach, inputs if in_place else {"x": x, **inputs}, call.input_reaches)
+    stacks: Any = None
+    if call.fused is None:
+        stacks = BlockStacks(indices, call.layers, params, x.shape[0], Arithmetic(xp, tf32))
+        stack = _run_stacks(stacks, x, plain)
     if not in_place:
-        out = _put_shortcut(x, plain, call.layers, out, how)
+        out = _put_shortcut(x, plain, call.layers, out, Arithmetic(xp, tf32))
     if call.fused is None:
         return stacks.scatter(stack, out, add=True)
     return run_bottleneck(call.fused, x, packed or pack_bottleneck(plain, tf32), out, indices, params)
@@ -199,7 +198,7 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(
+def prepare(
     image: Look,
     rows: Look,
     counts: Look,

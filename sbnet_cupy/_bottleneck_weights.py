@@ -82,14 +82,18 @@ class BottleneckWeights:
         _check_weights(tuple((name, spec_of(array)) for name, array in arrays.items()))
 
     @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that there are, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: array for name, array in named.items() if array is not None}
+
+    @functools.cached_property
     def form(self) -> WeightsForm:
         """What calls with these weights are prepared for."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        looks = tuple((name, look_at(array)) for name, array in arrays.items() if array is not None)
-        return WeightsForm(looks)
+        return WeightsForm(tuple((name, look_at(array)) for name, array in self.arrays.items()))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not the form: a copy's arrays may lie elsewhere.
+        # Not what is cached: a copy has arrays of its own, which may lie elsewhere.
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property

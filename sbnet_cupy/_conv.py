@@ -171,26 +171,38 @@ def sparse_conv2d(
     """
     check_blocks(indices, params)
     w, packed, tf32 = unpack(w, allow_tf32)
-    inputs = {"x": x, "w": w, **indices._asdict(), "bias": bias, "base": base}
-    inputs = {name: array for name, array in inputs.items() if array is not None}
+    inputs = _name_inputs(x, w, indices, bias, base)
     xp = array_namespace(inputs, out)
     in_place = out is not None and base is not None and same_memory(base, out)
     if in_place:
         del inputs["base"]
     relu, device = parse_activation(activation), current_device(xp)
     how = parse_strides(strides), parse_padding(padding), relu, tf32, parse_engine(engine)
-    looks = tuple((name, look_at(array)) for name, array in inputs.items())
-    call = _prepare(looks, None if out is None else look_at(out), params, *how, device)
+    looks, given = tuple(map(look_at, inputs.values())), None if out is None else look_at(out)
+    call = prepare(tuple(inputs), looks, given, params, *how, device)
     if out is not None:
         check_separate("out", out, call.reach, inputs, call.input_reaches)
     affine = Affine(None, bias, relu)
-    stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))
-    stack = None if call.fused else stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
+    stacks: Any = None
+    if call.fused is None:
+        stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))
+        stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
     if not in_place:
         out = _start(call.shape, x.dtype, base, out, xp)
     if call.fused is None:
         return stacks.scatter(stack, out, add=False)
     return run_conv(call.fused, x, packed or pack_array(w, tf32), out, indices, affine)
+
+
+def _name_inputs(x: Any, w: Any, indices: BlockIndices, bias: Any, base: Any) -> dict[str, Any]:
+    """The arrays that there are, by name."""
+    rows, counts = indices
+    inputs = {"x": x, "w": w, "active_block_indices": rows, "bin_counts": counts}
+    if bias is not None:
+        inputs["bias"] = bias
+    if base is not None:
+        inputs["base"] = base
+    return inputs
 
 
 def _start(shape: tuple[int, ...], dtype: Any, base: Any, out: Any, xp: ModuleType) -> Any:
@@ -217,8 +229,9 @@ class _Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(
-    looks: tuple[tuple[str, Look], ...],
+def prepare(
+    names: tuple[str, ...],
+    looks: tuple[Look, ...],
     given: Look | None,
     params: BlockParams,
     strides: Pair,
@@ -229,7 +242,7 @@ def _prepare(
     device: int,
 ) -> _Call:
     """Raise unless the arguments fit together, and choose how to do it."""
-    inputs = {name: Spec(*look) for name, look in looks}
+    inputs = {name: Spec(*look) for name, look in zip(names, looks)}
     x, w = inputs["x"], inputs["w"]
     check_weights(x, w, inputs.get("bias"), device)
     layer = make_layer(x.shape[1:3], w.shape[:2], strides, padding)

@@ -312,6 +312,8 @@ def parse_size(name: str, value: Any) -> Pair:
 
 def parse_strides(value: Any) -> Pair:
     """Strides as a pair; an integer stands for both."""
+    if type(value) is int and value == 1:  # what nearly every call passes
+        return 1, 1
     return parse_size("strides", value if hasattr(value, "__iter__") else (value, value))
 
 

@@ -34,11 +34,16 @@ def pack(w: Any, packing: Packing, tf32: bool) -> Any:
     """Pack weights on the current device."""
     words = cupy.empty(packing.shape, np.uint32)
     if words.size:
-        instance = pack_instance(products_of(w.dtype, tf32 or w.dtype.itemsize == 2))
+        instance = packing_instance(w.dtype, tf32)
         argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing)
         grid = (math.ceil(words.size / 256), 1, 1)
         _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr))
     return words
+
+
+def packing_instance(dtype: np.dtype[Any], tf32: bool) -> Instance:
+    """The kernel that packs weights of a dtype."""
+    return pack_instance(products_of(dtype, tf32 or dtype.itemsize == 2))
 
 
 @functools.lru_cache(maxsize=1024)

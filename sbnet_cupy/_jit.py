@@ -13,14 +13,12 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import numpy as np
-
 from ._fused_plan import DeviceLimits
-from ._instances import Instance, default_instances, instances_for
+from ._instances import Instance, default_instances
 from ._launch import DRIVER_LIBRARY, Dim3, DirectKernel
 from ._sources import kernel_folder, sources_digest
 
@@ -130,51 +128,11 @@ def _explain(source: str, expressions: Sequence[str], log: str) -> str:
     return message
 
 
-def precompile(
-    bsizes: Iterable[int | tuple[int, int]],
-    dtypes: Iterable[Any] = (np.float32,),
-    *,
-    progress: bool = True,
-) -> int:
-    """Compile all kernels that some block sizes and dtypes can need, into CuPy's disk cache.
+def compile_all(instances: Sequence[Instance], progress: bool) -> None:
+    """Compile what this process has not got, each as a module of its own, on all cores; perhaps with a progress bar.
 
-    Calls then find them there, in this process and in later ones, whatever the number of channels and the memory
-    layout: useful before a measurement, or when a container image is built. The fused kernels of convolutions and
-    bottlenecks are not among them: channels and kernel sizes decide about those, so the first call compiles them.
-
-    Parameters
-    ----------
-    bsizes : iterable of int or (int, int)
-        Block sizes in pixels; an int stands for a square. Name the sizes of gather and those of scatter.
-    dtypes : iterable of dtype
-        Dtypes of image tensors and of masks.
-    progress : bool
-        Show a progress bar on stderr.
-
-    Returns
-    -------
-    int
-        Number of kernels that are ready.
-
-    Raises
-    ------
-    RuntimeError
-        Without CuPy or without a CUDA device, whose architecture decides what is compiled.
-    TypeError, ValueError
-        A block size that is no size, or a dtype that the ops do not take.
-    KernelCompileError
-        If a kernel does not compile.
-
-    Notes
-    -----
-    Compiles in as many threads as there are CPU cores; one kernel takes a tenth to half of a second of a core. Does not
-    synchronise.
+    A module for each, because that is what the first call that needs a kernel looks for in the disk cache.
     """
-    sizes = [_parse_size(bsize) for bsize in bsizes]
-    instances = instances_for(sizes, [_parse_dtype(dtype) for dtype in dtypes])
-    reason = why_unavailable()
-    if reason:
-        raise RuntimeError(f"precompile needs CuPy and a CUDA device: {reason}")
     import cupy
     from tqdm import tqdm
 
@@ -192,21 +150,6 @@ def precompile(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return len(instances)
-
-
-def _parse_size(bsize: Any) -> tuple[int, int]:
-    from ._geometry import parse_pair
-
-    pair = (bsize, bsize) if np.ndim(bsize) == 0 else bsize
-    return parse_pair("bsizes", pair, minimum=1)
-
-
-def _parse_dtype(dtype: Any) -> np.dtype[Any]:
-    parsed: np.dtype[Any] = np.dtype(dtype)
-    if (parsed.kind not in "biufc" and parsed.name != "bfloat16") or parsed.itemsize > 16:
-        raise TypeError(f"dtypes: expected numeric or bool dtypes that CuPy has, got {dtype!r}")
-    return parsed
 
 
 def compiled() -> list[str]:

@@ -18,6 +18,7 @@ from ._bottleneck_weights import BottleneckWeights
 from ._clock import time_captured
 from ._conv import sparse_conv2d
 from ._conv_geometry import BlockParams, Layer, Pair, block_params, make_chain, parse_ksize
+from ._engine import kind_obstacle, parse_engine, takes_fused
 from ._geometry import parse_pair
 from ._pack_weights import pack_weights
 from ._reduce_mask import BlockIndices, block_indices
@@ -89,6 +90,7 @@ def tune_block_size(
     *,
     dtype: Any,
     candidates: Iterable[int | Sequence[int]] | None = None,
+    engine: str = "auto",
 ) -> BlockTuning:
     """Find the fastest blocks for a chain of convolutions on the active part of images.
 
@@ -109,6 +111,8 @@ def tune_block_size(
     candidates : iterable of int or (int, int), optional
         Block sizes to try, halo included; an integer stands for a square. By default those of tiles of 4, 6, 8, 12, 16,
         24, 32, 48 and 64 pixels, up to the first that covers the image.
+    engine : 'auto', 'fused' or 'composed'
+        What is measured, as in :func:`sparse_conv2d`: pass what will be passed there.
 
     Returns
     -------
@@ -118,23 +122,24 @@ def tune_block_size(
     Raises
     ------
     TypeError, ValueError
-        An argument of another form, no candidates, or one that is smaller than the chain's receptive field.
+        An argument of another form, no candidates, one that is smaller than the chain's receptive field, or an `engine`
+        that cannot do the chain, or a candidate: ``'fused'`` takes a CuPy mask and what one function does, see below.
 
     Notes
     -----
     With a CuPy mask, each candidate is measured on the current device, on made-up numbers, float32 as CUPY_TF32 says,
     captured in a CUDA graph: a single convolution as :func:`sparse_conv2d` with packed weights; a chain of 1x1, any and
-    1x1 kernels back to the channels of the image as :func:`sparse_res_block_bottleneck` in place, which both choose
-    their engine; any other chain as gather, convolutions and scatter, without batch norm or activation. The time is the
+    1x1 kernels back to the channels of the image as :func:`sparse_res_block_bottleneck` in place, both with `engine`;
+    any other chain as gather, convolutions and scatter, without batch norm or activation. The time is the
     median of 9 replays between CUDA events; finding the blocks is not part of it. This synchronises, compiles the
-    kernels of every candidate (a tenth to half of a second each, once), works on a stream of its own, and allocates an
-    image of the first and one of the last channels, and the stacks, all of which go back on return. Where times
-    are close, the choice may differ from run to run.
+    kernels of every candidate (a tenth to half of a second each, a fused one up to one and a half, once), works on a
+    stream of its own, and allocates an image of the first and one of the last channels, and the stacks, all of which go
+    back on return. Where times are close, the choice may differ from run to run.
 
-    With a NumPy mask, no convolution is run, and the result is always the same. The time is that of a model of one
-    H200: gather, each convolution and scatter take a launch, 2 ns for each block, and the longer of two times: that of
-    the bytes they read and write, at 4.08 TB/s, and that of their multiplications and additions, at the data sheet's
-    rate (float32: IEEE). It ranks block sizes; it does not predict the time of another machine.
+    With a NumPy mask, no convolution is run, and the result is always the same. The time is that of a model of the
+    composed engine on one H200: gather, each convolution and scatter take a launch, 2 ns for each block, and the longer
+    of two times: that of the bytes they read and write, at 4.08 TB/s, and that of their multiplications and additions,
+    at the data sheet's rate (float32: IEEE). It ranks block sizes; it does not predict the time of another machine.
     """
     xp = array_namespace({"mask": mask})
     spec = spec_of(mask)
@@ -144,11 +149,13 @@ def tune_block_size(
     widths = _parse_channels(channels, len(ksizes))
     numbers = _parse_dtype(dtype)
     layers = tuple(make_chain(mask.shape[1:3], ksizes, [(1, 1)] * len(ksizes), ["SAME"] * len(ksizes)))
+    _check_engine(parse_engine(engine), current_device(xp), numbers, ksizes, widths)
     field = _receptive_field(ksizes)
     sizes = _default_sizes(mask.shape[1:3], field) if candidates is None else _parse_candidates(candidates, field)
     rate = functools.partial(_model_seconds, layers, widths, numbers)
     if xp is not np:
-        rate = functools.partial(_measure_seconds, _ChainInputs.make(xp, mask.shape[0], layers, widths, numbers))
+        inputs = _ChainInputs.make(xp, mask.shape[0], layers, widths, numbers, engine)
+        rate = functools.partial(_measure_seconds, inputs)
     geometries = [block_params(layers, size) for size in sizes]
     table = tuple(_candidate(mask, params, rate) for params in geometries)
     best = min(range(len(table)), key=lambda k: table[k].seconds)
@@ -192,10 +199,17 @@ class _ChainInputs(NamedTuple):
     x: Any
     weights: list[Any]
     y: Any
+    engine: str
 
     @classmethod
     def make(
-        cls, xp: ModuleType, batch: int, layers: tuple[Layer, ...], channels: list[int], dtype: np.dtype[Any]
+        cls,
+        xp: ModuleType,
+        batch: int,
+        layers: tuple[Layer, ...],
+        channels: list[int],
+        dtype: np.dtype[Any],
+        engine: str,
     ) -> _ChainInputs:
         """Numbers of both signs, which keep their magnitude from one convolution to the next."""
         x = _numbers(xp, (batch, *layers[0].in_size, channels[0]), 1.0, dtype)
@@ -203,7 +217,7 @@ class _ChainInputs(NamedTuple):
         for layer, c, k in zip(layers, channels, channels[1:]):
             terms = math.prod(layer.ksize) * c
             weights.append(_numbers(xp, (*layer.ksize, c, k), terms**-0.5, dtype))
-        return cls(xp, layers, x, weights, xp.zeros((batch, *layers[-1].out_size, channels[-1]), dtype))
+        return cls(xp, layers, x, weights, xp.zeros((batch, *layers[-1].out_size, channels[-1]), dtype), engine)
 
 
 def _numbers(xp: ModuleType, shape: tuple[int, ...], bound: float, dtype: np.dtype[Any]) -> Any:
@@ -220,18 +234,17 @@ def _measure_seconds(inputs: _ChainInputs, params: BlockParams, indices: BlockIn
 
 
 def _call_of(inputs: _ChainInputs, params: BlockParams, indices: BlockIndices) -> Callable[[], Any]:
-    """What a user would call for the chain: a function of the library, which picks the engine, or step by step."""
-    x, y, weights = inputs.x, inputs.y, inputs.weights
+    """What a user would call for the chain: a function of the library, or step by step."""
+    x, y, weights, engine = inputs.x, inputs.y, inputs.weights, inputs.engine
     tf32 = use_tf32(None)
     if len(weights) == 1:
         packed = pack_weights(weights[0], allow_tf32=tf32)
-        return functools.partial(sparse_conv2d, x, packed, indices, params, base=y, out=y)
-    ksizes = [layer.ksize for layer in inputs.layers]
-    if len(weights) == 3 and ksizes[0] == ksizes[2] == (1, 1) and x.shape == y.shape:
+        return functools.partial(sparse_conv2d, x, packed, indices, params, base=y, out=y, engine=engine)
+    if _is_bottleneck([layer.ksize for layer in inputs.layers], x.shape[3], y.shape[3]):
         ones, zeros = (functools.partial(make, dtype=wide_dtype(x.dtype)) for make in (inputs.xp.ones, inputs.xp.zeros))
         affines = [make(w.shape[2]) for w in weights for make in (ones, zeros)]
         block = pack_weights(BottleneckWeights(*weights, *affines), allow_tf32=tf32)
-        return functools.partial(sparse_res_block_bottleneck, x, block, indices, params, out=x)
+        return functools.partial(sparse_res_block_bottleneck, x, block, indices, params, out=x, engine=engine)
     stacks = BlockStacks(indices, inputs.layers, params, x.shape[0], Arithmetic(inputs.xp, tf32))
 
     def chain() -> None:
@@ -241,6 +254,21 @@ def _call_of(inputs: _ChainInputs, params: BlockParams, indices: BlockIndices) -
         stacks.scatter(stack, y, add=False)
 
     return chain
+
+
+def _is_bottleneck(ksizes: Sequence[Pair], channels: int, channels_out: int) -> bool:
+    """Whether a chain is what :func:`sparse_res_block_bottleneck` does without a projection."""
+    return len(ksizes) == 3 and ksizes[0] == ksizes[2] == (1, 1) and channels == channels_out
+
+
+def _check_engine(
+    engine: str, device: int, dtype: np.dtype[Any], ksizes: Sequence[Pair], channels: Sequence[int]
+) -> None:
+    """Raise if the engine cannot be measured on such a chain, whatever its blocks."""
+    obstacle = kind_obstacle(device, dtype)
+    if not obstacle and len(ksizes) > 1 and not _is_bottleneck(ksizes, channels[0], channels[-1]):
+        obstacle = "a chain that is neither one convolution nor a bottleneck"
+    takes_fused(engine, obstacle, True)
 
 
 def _receptive_field(ksizes: Sequence[Pair]) -> Pair:

@@ -195,10 +195,24 @@ def test_the_engine_is_taken(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_of(xp, double.block) >= composed
     calls = Calls(xp)
     monkeypatch.setitem(_engine._MOST_WEIGHTS, "float16", ((1, 0),))
-    _conv._prepare.cache_clear(), _bottleneck._prepare.cache_clear()
+    _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
     assert kernels_of(xp, calls.conv) >= composed
     assert kernels_of(xp, calls.block) >= composed
     assert kernels_of(xp, calls.conv, engine="fused") == {"conv.cu"}
+
+
+def test_a_form_is_prepared_once(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that look alike share what follows from their form, and none makes what only the other engine needs."""
+    monkeypatch.setattr("sbnet_cupy._conv.BlockStacks", None)
+    monkeypatch.setattr("sbnet_cupy._bottleneck.BlockStacks", None)
+    with cpu_cuda.recording():
+        for prepare, name in ((_conv.prepare, "conv"), (_bottleneck.prepare, "block")):
+            for turn in range(3):
+                calls = Calls(xp)  # other arrays
+                getattr(calls, name)(engine="fused", out=xp.zeros((1, 9, 11, 8), HALF))
+                assert (prepare.cache_info().misses, prepare.cache_info().hits) == (1, turn)
+            getattr(calls, name)(engine="fused", strides=np.int64(1))  # a new array, and another way to say 1
+            assert prepare.cache_info().misses == 2
 
 
 def test_in_place_on_too_many_tiles(xp: Any) -> None:
@@ -266,7 +280,7 @@ def test_errors_of_the_engine(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         wide.conv(engine="fused")
     for name in ("prepare_conv", "prepare_bottleneck"):
         monkeypatch.setattr(f"sbnet_cupy._fused.{name}", lambda call: None)
-    _conv._prepare.cache_clear(), _bottleneck._prepare.cache_clear()
+    _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
     calls = Calls(xp)
     for call in (calls.conv, calls.block):
         assert "gather.cu" in kernels_of(xp, call)

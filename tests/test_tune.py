@@ -158,6 +158,8 @@ ERRORS = [
     ({"candidates": [8, 0]}, ValueError, "candidates: expected two integers (height, width), each >= 1, got (0, 0)"),
     ({"candidates": [8.0]}, ValueError, "candidates: expected two integers (height, width), each >= 1, got (8.0, 8.0)"),
     ({"candidates": [(8, 8, 8)]}, ValueError, "candidates: expected two integers (height, width), each >= 1"),
+    ({"engine": "quick"}, ValueError, "engine: expected 'auto', 'fused' or 'composed', got 'quick'"),
+    ({"engine": "fused"}, ValueError, "engine: expected 'auto' or 'composed' for NumPy arrays, got 'fused'"),
     (
         {"candidates": [(8, 2)]},
         ValueError,
@@ -177,6 +179,28 @@ def test_good_arguments_are_good() -> None:
     assert tune_block_size(**GOOD).params.bsize == (8, 8)
 
 
+def test_the_model_is_of_the_composed_engine() -> None:
+    assert tune_block_size(**GOOD, engine="composed") == tune_block_size(**GOOD)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ksizes", "channels", "why"),
+    [
+        (HALF, [(3, 3)], [8, 8], ""),
+        (HALF, BOTTLENECK, [16, 8, 8, 16], ""),
+        (np.dtype(np.float64), [(3, 3)], [8, 8], "float64"),
+        (HALF, BOTTLENECK, [16, 8, 8, 24], "a chain that is neither one convolution nor a bottleneck"),
+        (HALF, [(3, 3), (1, 1), (1, 1)], [8] * 4, "a chain that is neither one convolution nor a bottleneck"),
+    ],
+)
+def test_what_no_fused_kernel_does(dtype: Any, ksizes: Any, channels: Any, why: str) -> None:
+    for engine in ("auto", "composed", *([] if why else ["fused"])):
+        tune._check_engine(engine, 0, dtype, ksizes, channels)
+    if why:
+        with pytest.raises(ValueError, match=f"^engine: expected 'auto' or 'composed' for {why}, got 'fused'$"):
+            tune._check_engine("fused", 0, dtype, ksizes, channels)
+
+
 def test_made_up_numbers() -> None:
     found = tune._numbers(np, (50, 40), 0.25, np.dtype(np.float16))
     assert (found.shape, found.dtype) == ((50, 40), np.float16)
@@ -185,28 +209,42 @@ def test_made_up_numbers() -> None:
     assert len(np.unique(found)) > 500
 
 
+#: What every composed call launches of ours; batch norms on stacks take another kernel.
+COMPOSED = {"gather.cu", "scatter.cu"}
+
+
 @pytest.mark.parametrize(
-    ("channels", "ksizes", "kernels"),
+    ("channels", "ksizes", "engine", "kernels"),
     [
-        (8, [(3, 3)], {"conv.cu"}),
-        ([16, 8, 8, 16], BOTTLENECK, {"bottleneck.cu", "scatter.cu"}),  # in place, on more tiles than run at a time
-        ([16, 8, 8, 24], BOTTLENECK, {"gather.cu"}),
-        (8, [(3, 3), (3, 3)], {"gather.cu"}),
+        (8, [(3, 3)], "auto", {"conv.cu"}),
+        (8, [(3, 3)], "fused", {"conv.cu"}),
+        (8, [(3, 3)], "composed", COMPOSED),
+        (640, [(1, 1)], "auto", COMPOSED),  # more channels than the fused kernels are the faster ones for
+        (640, [(1, 1)], "fused", {"conv.cu"}),
+        # In place, on more tiles than run at a time.
+        ([16, 8, 8, 16], BOTTLENECK, "auto", {"bottleneck.cu", "scatter.cu"}),
+        ([16, 8, 8, 16], BOTTLENECK, "fused", {"bottleneck.cu", "scatter.cu"}),
+        ([16, 8, 8, 16], BOTTLENECK, "composed", {*COMPOSED, "activate.cu"}),
+        ([16, 8, 8, 24], BOTTLENECK, "auto", COMPOSED),
+        (8, [(3, 3), (3, 3)], "auto", COMPOSED),
+        (8, [(3, 3), (3, 3)], "composed", COMPOSED),
     ],
 )
-def test_what_is_measured(channels: Any, ksizes: Any, kernels: set[str]) -> None:
-    """The functions of the library that do a chain at once, where there are such."""
+def test_what_is_measured(channels: Any, ksizes: Any, engine: str, kernels: set[str]) -> None:
+    """The functions of the library that do a chain at once, where there are such, with the engine that is asked for."""
     layers = tuple(make_chain((40, 40), ksizes, [(1, 1)] * len(ksizes), ["SAME"] * len(ksizes)))
     widths = tune._parse_channels(channels, len(ksizes))
     with cpu_cuda.recording() as found, host_products():
         weights = [standin.zeros((*k, c, d), HALF) for k, c, d in zip(ksizes, widths, widths[1:])]
         images = [standin.zeros((1, 40, 40, c), HALF) for c in (widths[0], widths[-1])]
         indices = BlockIndices(standin.zeros((9, 3), np.int32), standin.zeros((1,), np.int32))
-        inputs = tune._ChainInputs(standin, layers, images[0], weights, images[1])
+        inputs = tune._ChainInputs(standin, layers, images[0], weights, images[1], engine)
         call = tune._call_of(inputs, block_params(layers, (10, 10)), indices)
         found.clear()
         call()
-    assert kernels <= {instance.source for instance in found}
+    ours = {instance.source for instance in found}
+    assert kernels <= ours
+    assert ours.isdisjoint({"conv.cu", "bottleneck.cu"} - kernels)
 
 
 @pytest.mark.gpu
@@ -222,6 +260,16 @@ class TestDevice:
         assert [row[:3] for row in tuning.table] == [row[:3] for row in on_host.table]
         assert all(0 < row.seconds < 0.1 for row in tuning.table)
         assert tuning.params.bsize == min(tuning.table, key=lambda row: row.seconds).bsize
+
+    @pytest.mark.parametrize("engine", ["fused", "composed"])
+    def test_it_measures_either_engine(self, engine: str) -> None:
+        import cupy
+
+        mask = cupy.asarray(scattered())
+        for channels, ksizes in ((16, [(3, 3)]), ([16, 8, 8, 16], BOTTLENECK)):
+            tuning = tune_block_size(mask, channels, ksizes, dtype="float16", candidates=[6, 18], engine=engine)
+            assert tuning.measured
+            assert all(0 < row.seconds < 0.1 for row in tuning.table)
 
     def test_extremes(self) -> None:
         """Where one block size computes many times as much as another, it is not chosen."""
