@@ -14,13 +14,14 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._fused_plan import DeviceLimits
 from ._instances import Instance, default_instances
 from ._launch import DRIVER_LIBRARY, Dim3, DirectKernel
 from ._sources import kernel_folder, sources_digest
+
+if TYPE_CHECKING:  # imported where it is needed, so that the package's import stays quick
+    from ._fused_plan import DeviceLimits
 
 #: Environment variable that chooses when the default set is built: ``import`` (the default) or ``lazy``.
 MODE_VARIABLE = "SBNET_CUPY_JIT"
@@ -71,6 +72,8 @@ def ctas_that_fit(instance: Instance, threads: int, shared: int) -> int:
 def device_limits(device: int) -> DeviceLimits:
     """What the plans of the fused kernels have to know of a device."""
     from cupy.cuda import Device
+
+    from ._fused_plan import DeviceLimits
 
     attributes, capability = Device(device).attributes, Device(device).compute_capability
     return DeviceLimits(
@@ -133,6 +136,8 @@ def compile_all(instances: Sequence[Instance], progress: bool) -> None:
 
     A module for each, because that is what the first call that needs a kernel looks for in the disk cache.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     import cupy
     from tqdm import tqdm
 
@@ -198,6 +203,8 @@ def build_at_import() -> None:
 
 def _build_default_set() -> None:
     """One module for each source file and block size class, compiled side by side."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import cupy
 
     device = cupy.cuda.Device()

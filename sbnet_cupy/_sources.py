@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
 #: The file by which the folder is known.
@@ -48,6 +47,8 @@ def sources_digest() -> str:
     str
         16 hexadecimal digits.
     """
+    import hashlib  # which would lengthen the package's import by a twentieth
+
     digest = hashlib.sha256()
     folder = kernel_folder()
     for path in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")]):

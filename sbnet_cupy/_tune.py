@@ -15,7 +15,6 @@ import numpy as np
 from ._affine import FLOATING, IDENTITY, wide_dtype
 from ._bottleneck import sparse_res_block_bottleneck
 from ._bottleneck_weights import BottleneckWeights
-from ._clock import time_captured
 from ._conv import sparse_conv2d
 from ._conv_geometry import BlockParams, Layer, Pair, block_params, make_chain, parse_ksize
 from ._engine import kind_obstacle, parse_engine, takes_fused
@@ -229,6 +228,8 @@ def _numbers(xp: ModuleType, shape: tuple[int, ...], bound: float, dtype: np.dty
 def _measure_seconds(inputs: _ChainInputs, params: BlockParams, indices: BlockIndices) -> float:
     """The time of the chain on active blocks, in CuPy arrays."""
     call = _call_of(inputs, params, indices)
+    from ._clock import time_captured  # for a device alone
+
     _, (seconds,) = time_captured(inputs.xp, [call], rounds=_ROUNDS, repeats=_REPEATS)
     return seconds
 
