@@ -62,17 +62,6 @@ __device__ inline float fma_exact(float a, float b, float c) {
 #endif
 }
 
-// max(a, 0); NaN stays.
-__device__ inline float relu_exact(float a) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    float result;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(a));
-    return result;
-#else
-    return a < 0.0f ? 0.0f : a;
-#endif
-}
-
 // The larger one; NaN stays.
 __device__ inline float max_exact(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -292,6 +292,7 @@ __device__ inline void sum_threads(int& a, int& b) {
 // Registers: at most 40.
 __global__ void __launch_bounds__(kCompactThreads) count_active(const Reduction r) {
     wait_for_earlier_kernels();
+    let_later_kernels_start();
     const int64 begin = blockIdx.x * r.tile;
     const int64 end = begin + r.tile < r.words_end ? begin + r.tile : r.words_end;
     int count = 0, unused = 0;
@@ -306,6 +307,7 @@ __global__ void __launch_bounds__(kCompactThreads) count_active(const Reduction 
 // Registers: at most 40.
 __global__ void __launch_bounds__(kCompactThreads) compact_active(const Reduction r) {
     wait_for_earlier_kernels();
+    let_later_kernels_start();
     const int64 begin = blockIdx.x * r.tile;
     const int64 end = begin + r.tile < r.words_end ? begin + r.tile : r.words_end;
     const int parts = static_cast<int>(r.tile_counts == nullptr ? r.words_end : r.tiles);

@@ -102,7 +102,7 @@ struct ChannelAffine {
 
     __device__ float operator()(float x, int i) const {
         const float y = fma_exact(x, scale[i / kAtOnce].lane[i % kAtOnce], shift[i / kAtOnce].lane[i % kAtOnce]);
-        return has_relu ? relu_exact(y) : y;
+        return has_relu ? max_exact(y, 0.0f) : y;
     }
 };
 

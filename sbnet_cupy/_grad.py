@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,6 +19,7 @@ from ._validate import (
     Look,
     Reach,
     Spec,
+    address_of,
     array_namespace,
     check_addable,
     check_image,
@@ -36,6 +38,9 @@ from ._validate import (
 IMAGE_AXES = "N, H, W, C"
 
 _INT32 = np.dtype(np.int32)
+
+#: A dtype of each size, in bytes, in which 0 is all bits 0.
+_WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
 def sparse_gather_grad(
@@ -240,12 +245,19 @@ class Rows(NamedTuple):
         is_rewritten = self.xp.not_equal(self._gather(last, self.grid, self.indices), numbers)
         out = self._gather(grad_y, self.grid, self.indices, transpose, out)
         stack = out.transpose(0, 2, 3, 1) if transpose else out
-        # As bits, where not every library knows the dtype. False is a 0 of every dtype, bool among them.
-        self.xp.copyto(stack.view(np.uint16) if stack.dtype.itemsize == 2 else stack, False, where=is_rewritten)
+        self.xp.copyto(_in_wide_words(stack), False, where=is_rewritten)
         return out
 
     def _gather(self, x: Any, grid: BlockGrid, indices: Any, transpose: bool = False, out: Any = None) -> Any:
         return sparse_gather(x, self.bin_counts, indices, **grid._asdict(), transpose=transpose, out=out)
+
+
+def _in_wide_words(stack: Any) -> Any:
+    """A view of a stack whose pixels are as few words as possible: to write it takes a time for each word."""
+    size = stack.dtype.itemsize
+    if stack.flags.c_contiguous:
+        size = math.gcd(16, stack.shape[3] * size, address_of(stack))
+    return stack.view(_WORDS[size])
 
 
 def _parse_shape(value: Any) -> tuple[int, ...]:

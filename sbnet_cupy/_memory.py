@@ -15,8 +15,7 @@ import numpy as np
 def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """A new array of zeros, which are written on the current stream."""
     target = cupy.ndarray(shape, dtype)
-    if target.size:
-        cupy.cuda.runtime.memsetAsync(target.data.ptr, 0, target.nbytes, cupy.cuda.get_current_stream().ptr)
+    clear(target)
     return target
 
 

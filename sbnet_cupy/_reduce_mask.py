@@ -16,15 +16,17 @@ from ._conv_geometry import BlockParams
 from ._geometry import BlockGrid, parse_grid, parse_pair
 from ._validate import (
     Look,
+    Reach,
     Spec,
     array_namespace,
     check_like,
     check_mask,
-    check_output,
     check_place,
+    check_separate,
     current_device,
     look_at,
-    spec_of,
+    output_reach,
+    reach_of,
 )
 
 _INT32_MAX = 2**31 - 1
@@ -152,17 +154,31 @@ def _check_out(out: Any, mask: Any, blocks: tuple[int, int], capacity: int | Non
     """Raise unless the result can be put there."""
     if not isinstance(out, BlockIndices):
         raise TypeError(f"out: expected BlockIndices, got {type(out).__name__}")
+    arrays = {"mask": mask, "out.active_block_indices": out.active_block_indices, "out.bin_counts": out.bin_counts}
+    array_namespace(arrays)
     rows = mask.shape[0] * blocks[0] * blocks[1] if capacity is None else capacity
-    taken = {"mask": mask}
-    for field, shape, axes in (("active_block_indices", (rows, 3), "M, 3"), ("bin_counts", (1,), "1")):
-        name, array = f"out.{field}", getattr(out, field)
-        array_namespace({"mask": mask, name: array})
-        check_like(name, spec_of(array), np.dtype(np.int32), shape, axes, "the result")
-        check_place(name, spec_of(array), device)
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name}: expected a contiguous array, got strides {array.strides}")
-        check_output(name, array, **taken)
-        taken[name] = array
+    reaches = _check_forms(*map(look_at, arrays.values()), rows, device)
+    names = list(arrays)
+    for number in (1, 2):
+        name, taken = names[number], {other: arrays[other] for other in names[:number]}
+        check_separate(name, arrays[name], reaches[number], taken, reaches[:number])
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_forms(mask: Look, indices: Look, counts: Look, rows: int, device: int) -> tuple[Reach, ...]:
+    """Raise unless a result of so many rows has this form; return what the mask and both parts of the result reach."""
+    reaches = [reach_of(Spec(*mask))]
+    for field, look, shape, axes in (
+        ("active_block_indices", indices, (rows, 3), "M, 3"),
+        ("bin_counts", counts, (1,), "1"),
+    ):
+        name, spec = f"out.{field}", Spec(*look)
+        check_like(name, spec, np.dtype(np.int32), shape, axes, "the result")
+        check_place(name, spec, device)
+        if not spec.is_contiguous:
+            raise ValueError(f"{name}: expected a contiguous array, got strides {spec.strides}")
+        reaches.append(output_reach(name, spec))
+    return tuple(reaches)
 
 
 def parse_reduction(

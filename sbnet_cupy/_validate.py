@@ -48,6 +48,12 @@ class Spec(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one behind the other, in C order."""
+        dense = Spec.contiguous(self.shape, self.dtype, self.device).strides
+        return self.size == 0 or all(n == 1 or s == d for n, s, d in zip(self.shape, self.strides, dense))
+
     @classmethod
     def contiguous(cls, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Spec:
         """That of a new array."""
@@ -185,12 +191,6 @@ def stack_shape(rows: int, channels: int, grid: BlockGrid, transpose: bool) -> t
 def stack_axes(transpose: bool) -> str:
     """What the axes of the block stack are."""
     return "M, C, height, width" if transpose else "M, height, width, C"
-
-
-def check_output(name: str, array: Any, **inputs: Any) -> None:
-    """Raise unless `array` can be written: not read-only, no element twice, nothing shared with `inputs`."""
-    reaches = tuple(reach_of(spec_of(value)) for value in inputs.values())
-    check_separate(name, array, output_reach(name, spec_of(array)), inputs, reaches)
 
 
 class Reach(NamedTuple):

@@ -1547,7 +1547,7 @@ channels-beyond: window.cuh, conv_plain
 + const bool exists = true;
 
 affine-without-relu: window.cuh, layers
-- return has_relu ? relu_exact(y) : y;
+- return has_relu ? max_exact(y, 0.0f) : y;
 + return y;
 
 zeros-activated: window.cuh, layers

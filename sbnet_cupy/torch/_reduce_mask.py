@@ -81,7 +81,7 @@ def reduce_mask_op(
             capacity=capacity,
             out=BlockIndices(as_array(indices), as_array(counts)),
         )
-    return indices[: found.active_block_indices.shape[0]], counts
+    return (indices if capacity is not None else indices[: found.active_block_indices.shape[0]]), counts
 
 
 @torch.library.register_fake(reduce_mask_op)
