@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t
                 return true;
             };
             __shared__ PixelTile<Word, Shape> tile;
-            fill<kChannelLanes>(tile, t.image, AlongChannels<Shape, kChannelLanes>(part), locate);
+            start_fill<kChannelLanes>(tile, t.image, AlongChannels<Shape, kChannelLanes>(part), locate);
+            finish_fill();
             write_along_pixels<kPixelLanes, kPixels>(t, tile, part, target);
         } else {
             __shared__ Places places;
@@ -188,7 +189,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) gather_tiled(const Transfer t
             }
             __shared__ ChannelTile<Word, Shape> tile;
             const int64 first = static_cast<int64>(part.first_channel) * t.image_strides[3];
-            fill_channels(tile, t.image, places, first, part.channels, t.image_strides[3]);
+            start_fill_channels(tile, t.image, places, first, part.channels, t.image_strides[3]);
+            finish_fill();
             write_along_channels<kChannelLanes>(t, tile, part, target);
         }
         __syncthreads();

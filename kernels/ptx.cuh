@@ -181,6 +181,15 @@ __device__ inline void wait_async() {
 #endif
 }
 
+// Asks for the sector at an address in global memory, which will then be in the L2 cache, without waiting.
+__device__ inline void prefetch_sector(const void* address) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+    static_cast<void>(*static_cast<const volatile unsigned char*>(address));  // faults where there is no memory
+#endif
+}
+
 // Matrices in the registers of a warp. Lane 4*g + t holds, of a matrix of 8 rows of 16 bytes, 4-byte word t of row g.
 
 // Four such matrices from shared memory: 16 rows, then the 16 bytes beside each of them, as `words` 0, 1 and 2, 3.

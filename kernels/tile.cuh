@@ -256,10 +256,10 @@ struct Blocks<Block, 1> {
     __device__ const Block& operator[](int) const { return only; }
 };
 
-// Brings the groups of a tile to shared memory: locate(group, offset) tells whether a group is in the tensor, and
-// where; groups that are not become zeros.
+// Starts to bring the groups of a tile to shared memory: locate(group, offset) tells whether a group is in the tensor,
+// and where; groups that are not become zeros. They are there after finish_fill.
 template <int kLanes, typename Tile, typename Groups, typename Locate>
-__device__ inline void fill(Tile& tile, const void* tensor, const Groups& groups, Locate locate) {
+__device__ inline void start_fill(Tile& tile, const void* tensor, const Groups& groups, Locate locate) {
     using Word = typename Tile::Element;
     constexpr int kBytes = kLanes * sizeof(Word);
     constexpr int kBatch = kBytes < kLeastAsyncBytes ? 8 : 1;
@@ -292,6 +292,10 @@ __device__ inline void fill(Tile& tile, const void* tensor, const Groups& groups
             }
         }
     }
+}
+
+// Waits until all threads have brought what they started to.
+__device__ inline void finish_fill() {
     wait_async();
     __syncthreads();
 }
@@ -306,10 +310,11 @@ struct PixelPlaces {
     int64 offset[kAll];
 };
 
-// Brings `channels` channels, the first of which is `first` elements behind that of the places, to shared memory.
+// Starts to bring `channels` channels to shared memory, the first of which is `first` elements behind that of the places.
 template <typename Tile>
-__device__ inline void fill_channels(Tile& tile, const void* image, const PixelPlaces<typename Tile::Shape>& places,
-                                     int64 first, int channels, int64 channel_stride) {
+__device__ inline void start_fill_channels(Tile& tile, const void* image,
+                                           const PixelPlaces<typename Tile::Shape>& places, int64 first, int channels,
+                                           int64 channel_stride) {
     using Word = typename Tile::Element;
     using Places = PixelPlaces<typename Tile::Shape>;
     constexpr int kBatch = 8;
@@ -339,8 +344,6 @@ __device__ inline void fill_channels(Tile& tile, const void* image, const PixelP
             }
         }
     }
-    wait_async();
-    __syncthreads();
 }
 
 }  // namespace sbnet

@@ -48,17 +48,17 @@ class _Frame(threading.local):
         self._attributes = ctypes.create_string_buffer(2 * 72)
         for number, name in enumerate((_PROGRAMMATIC_SERIALIZATION, _COOPERATIVE)):
             struct.pack_into("=iii", self._attributes, number * 72, name, 0, 1)
+        self._attributes_address = ctypes.addressof(self._attributes)
         self._launch = ctypes.create_string_buffer(56)
         self.launch_address = ctypes.addressof(self._launch)
 
-    def set_launch(self, *sizes_stream_and_count: int) -> None:
-        """Fill in a CUlaunchConfig: sizes of grid and block, shared memory, stream; and how many attributes count."""
-        *sizes, stream, count = sizes_stream_and_count
-        attributes = ctypes.addressof(self._attributes)
-        struct.pack_into("=7I4xQQI", self._launch, 0, *sizes, stream, attributes, count)
+    def set_launch(self, grid: Dim3, block: Dim3, shared: int, stream: int, attributes: int) -> None:
+        """Fill in a CUlaunchConfig, of whose attributes the first so many count."""
+        _LAUNCH.pack_into(self._launch, 0, *grid, *block, shared, stream, self._attributes_address, attributes)
 
 
-#: CUlaunchAttributeID of the driver.
+#: CUlaunchConfig of the driver, and CUlaunchAttributeIDs.
+_LAUNCH = struct.Struct("=7I4xQQI")
 _COOPERATIVE, _PROGRAMMATIC_SERIALIZATION = 2, 6
 
 #: Dynamic shared memory that every kernel may ask for, in bytes.
@@ -116,7 +116,7 @@ class DirectKernel:
             else:
                 self._launch(function, *grid, *block, shared, stream, frame.address, 0)
             return
-        frame.set_launch(*grid, *block, shared, stream, 2 if together else 1)
+        frame.set_launch(grid, block, shared, stream, 2 if together else 1)
         status = self._launch_early(frame.launch_address, function, frame.address, None)
         if status:
             from cupy.cuda import driver

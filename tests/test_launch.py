@@ -33,7 +33,7 @@ class Attribute(ctypes.Structure):
 
 def test_a_launch_is_laid_out_as_the_driver_reads_it() -> None:
     frame = _launch._Frame()
-    frame.set_launch(1, 2, 3, 4, 5, 6, 7, 2**63 + 8, 2)
+    frame.set_launch((1, 2, 3), (4, 5, 6), 7, 2**63 + 8, 2)
     config = Config.from_address(frame.launch_address)
     assert frame.launch_address % 8 == 0
     assert (list(config.grid), list(config.block)) == ([1, 2, 3], [4, 5, 6])

@@ -72,12 +72,14 @@ def scatter_families(add: bool) -> dict[str, list[Call]]:
         ]
 
     odd, _ = calls.large_cases("tiled", HALF)["odd-parts-apart"]
+    columns: dict[str, Any] = {"channels": 3, "dtype": FLOAT32, "bsize": BSIZE, "layouts": ("nchw", "nhwc")}
+    along_columns = [make(calls.random_case(k, **columns, transpose=True), f"columns-{k}") for k in range(4)]
 
     def near_and_far(transpose: bool) -> list[Call]:
         return [call for call in calls.overlap_calls(add, transpose) if not re.search("apart|beside", call.name)]
 
     return {
-        name: large("apart", "direct"),
+        name: large("apart", "direct") + along_columns,
         f"{name}_overlaps": near_and_far(False) + large("overlapping", "direct"),
         f"{name}_tiled": large("apart", "tiled"),
         f"{name}_half_tiled": [make(odd, "odd-parts-half")],
@@ -478,10 +480,6 @@ fill-barrier: tile.cuh, gather_tiled
 - wait_async(); __syncthreads(); } // Where
 + wait_async(); } // Where
 
-fill-channels-barrier: tile.cuh, gather_back
-- wait_async(); __syncthreads(); } } // namespace
-+ wait_async(); } } // namespace
-
 fill-channels-stride: tile.cuh, gather_back
 - first + channel * channel_stride : 0
 + first + channel : 0
@@ -735,8 +733,8 @@ put-one-base: scatter.cu, add_tiled
 + base[0].lane[i], words
 
 across-of-the-first-block: scatter.cu, scatter_back
-- if (!group.exists) continue; const Member<Index>& member = members[group.block];
-+ if (!group.exists) continue; const Member<Index>& member = members[0];
+- if (!group.exists) return {}; const Member<Index>& member = members[group.block];
++ if (!group.exists) return {}; const Member<Index>& member = members[0];
 
 across-of-the-first-part: scatter.cu, scatter_back
 - part.first_pixel + group.pixel; const Index row
@@ -747,16 +745,24 @@ across-of-an-idle-row: scatter.cu, scatter_back
 +
 
 across-outside: scatter.cu, scatter_back
-- !member.at.inside.contains(row, column) ||
+- !inside.contains(row, column) ||
 +
 
 across-owned-by-nobody-else: scatter.cu, scatter_back_overlaps
-- || !owns(row, column)) continue;
-+ ) continue;
+- || !owns(row, column)) return {};
++ ) return {};
 
 across-channel-of-the-tile: scatter.cu, scatter_back
-- static_cast<int64>(part.first_channel + group.channel) * stride
-+ static_cast<int64>(group.channel) * stride
+- static_cast<int64>(part.first_channel + group.channel) * t.image_strides[3]}; }
++ static_cast<int64>(group.channel) * t.image_strides[3]}; }
+
+prefetch-beyond-the-last-channel: scatter.cu, scatter_back
+- i < Groups::kLanes && i < part.channels - group.channel
++ i < Groups::kLanes
+
+prefetch-beyond-the-last-row: scatter.cu, scatter
+- for (Index row = begin; row < end; ++row, end_of_row
++ for (Index row = begin; row < kBlockH; ++row, end_of_row
 
 across-first-piece: scatter.cu, scatter_back
 - group.channel + p * kPiece)
