@@ -242,13 +242,14 @@ __device__ inline bool arrives_last(unsigned int* arrivals) {
 // Registers: at most 128.
 template <typename T, template <typename> class PoolOf, int kLanes>
 __global__ void __launch_bounds__(kPoolThreads, ctas_that_fit(PoolOf<T>::kCtas)) block_activity(const Reduction r) {
-    let_later_kernels_start();
     const unsigned int grid_row = r.by_strips(blockIdx.x);
     const unsigned int image = r.by_blocks_h(grid_row);
     const unsigned int number = blockIdx.x - grid_row * static_cast<unsigned int>(r.strips);
     int64 top, bottom;
     pixels_of(r.height, grid_row - image * static_cast<unsigned int>(r.blocks_h), top, bottom);
     const Strip strip = strip_at(r, number);
+    wait_for_earlier_kernels();
+    let_later_kernels_start();
 
     const auto mine = pool_strip<T, PoolOf<T>, kLanes>(r, strip, image, top, bottom);
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;

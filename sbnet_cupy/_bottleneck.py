@@ -176,15 +176,15 @@ def sparse_res_block_bottleneck(
     if out is not None:
         inputs = {"active_block_indices": rows, "bin_counts": counts, **plain.arrays}
         check_separate("out", out, call.reach, inputs if in_place else {"x": x, **inputs}, call.input_reaches)
-    stacks: Any = None
-    if call.fused is None:
-        stacks = BlockStacks(indices, call.layers, params, x.shape[0], Arithmetic(xp, tf32))
-        stack = _run_stacks(stacks, x, plain)
-    if not in_place:
-        out = _put_shortcut(x, plain, call.layers, out, Arithmetic(xp, tf32))
-    if call.fused is None:
-        return stacks.scatter(stack, out, add=True)
-    return run_bottleneck(call.fused, x, packed or pack_bottleneck(plain, tf32), out, indices, params)
+    arithmetic = Arithmetic(xp, tf32)
+    if call.fused is not None:
+        packed = packed or pack_bottleneck(plain, tf32)
+        out = out if in_place else _put_shortcut(x, plain, call.layers, out, arithmetic)
+        return run_bottleneck(call.fused, x, packed, out, indices, params)
+    stacks = BlockStacks(indices, call.layers, params, x.shape[0], arithmetic)
+    stack = _run_stacks(stacks, x, plain)
+    out = out if in_place else _put_shortcut(x, plain, call.layers, out, arithmetic)
+    return stacks.scatter(stack, out, add=True)
 
 
 @dataclass(frozen=True)

@@ -183,15 +183,14 @@ def sparse_conv2d(
     if out is not None:
         check_separate("out", out, call.reach, inputs, call.input_reaches)
     affine = Affine(None, bias, relu)
-    stacks: Any = None
-    if call.fused is None:
-        stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))
-        stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
-    if not in_place:
-        out = _start(call.shape, x.dtype, base, out, xp)
-    if call.fused is None:
-        return stacks.scatter(stack, out, add=False)
-    return run_conv(call.fused, x, packed or pack_array(w, tf32), out, indices, affine)
+    if call.fused is not None:
+        packed = packed or pack_array(w, tf32)
+        out = out if in_place else _start(call.shape, x.dtype, base, out, xp)
+        return run_conv(call.fused, x, packed, out, indices, affine)
+    stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))
+    stack = stacks.convolve(0, stacks.gather(x, IDENTITY, w), w, affine)
+    out = out if in_place else _start(call.shape, x.dtype, base, out, xp)
+    return stacks.scatter(stack, out, add=False)
 
 
 def _name_inputs(x: Any, w: Any, indices: BlockIndices, bias: Any, base: Any) -> dict[str, Any]:

@@ -71,7 +71,12 @@ def reduce_mask(
         waiting.count_address if waiting else 0,
         arrivals,
     )
-    _jit.launch(ready.pooling, ready.grid, ready.block, argument)
+    if waiting:
+        _jit.launch(ready.pooling, ready.grid, ready.block, argument)
+    else:
+        # In a CUDA graph of an H200, 400x700 pixels took 3.5 us like this, and 3.9 with a first kernel that does not
+        # start early. Where the host waits, it would only cost the host a microsecond.
+        _jit.launch_early(ready.pooling, ready.grid, ready.block, 0, argument)
     if not arrivals:
         if ready.tile_counts_offset:
             _jit.launch_early(COUNT_ACTIVE, ready.tiles, (_COMPACT_THREADS, 1, 1), 0, argument)
