@@ -87,16 +87,17 @@ def run_block(code: str, page: str, line: int, namespace: dict[str, Any]) -> Non
 
 
 def test_figures_are_those_of_the_recorded_run() -> None:
-    rows = {row["case"]: row for row in json.loads((ROOT / "bench/results/import_time.json").read_text())["results"]}
+    rows = {row["case"]: row for row in recorded("import_time")}
     text = README.read_text(encoding="utf-8")
     assert f"| first time ({rows['cold']['kernels']} kernels compiled) | {rows['cold']['median_s']:.2f} s |" in text
     assert f"| from then on (read from the cache) | {rows['warm']['median_s']:.2f} s |" in text
     assert f"no device touched) | {rows['lazy']['median_s']:.2f} s |" in text
+    cold, warm, lazy = (f"{row['median_s']:.2f}" for row in recorded("import_time_two_devices"))
+    assert f"{cold}, {warm} and {lazy} s" in text
 
 
 def test_speeds_are_those_of_the_recorded_run() -> None:
-    found = json.loads((ROOT / "bench/results/gather_scatter.json").read_text())["results"]
-    rows = {(row["case"], row["implementation"]): row for row in found}
+    rows = {(row["case"], row["implementation"]): row for row in recorded("gather_scatter")}
     table = re.findall(
         r"^\| (.+) \| (\d+) us \| ([\d.]+) \| (\d+) us \| (\d+) us \|$", README.read_text(), re.MULTILINE
     )
@@ -106,6 +107,53 @@ def test_speeds_are_those_of_the_recorded_run() -> None:
         assert (time, share) == (f"{ours['median_us']:.0f}", f"{ours['share']:.2f}")
         for name, rival in (("CuPy indexing", cupy), ("PyTorch indexing", torch)):
             assert rival == f"{rows[f'case L: {op}', name]['median_us']:.0f}"
+
+
+@pytest.mark.parametrize("kind", ["conv", "bottleneck"])
+def test_times_of_networks_are_those_of_the_recorded_run(kind: str) -> None:
+    """In TF32 and float16: ours, the dense network, and submanifold convolutions."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in recorded(kind):
+        parameters = row["parameters"]
+        is_goal = parameters.get("network") == "resnet-v2" and row["case"].endswith(", top-left 90%")
+        if is_goal and ", block sizes" not in row["case"] and parameters["precision"] != "float32":
+            times = found.setdefault(parameters["stage"], {}).setdefault(row["implementation"], [])
+            times.append(row["median_us"])
+            if row["implementation"] == "sbnet_cupy":
+                found[parameters["stage"]].setdefault("dense", []).append(parameters["dense_us"])
+    assert len(found) == 4
+    for stage, times in found.items():
+        columns = (times[name] for name in ("sbnet_cupy", "dense", "submanifold, captured"))
+        cells = (" / ".join(map(brief, column)) for column in columns)
+        assert f"| {stage} | {' | '.join(f'{cell} us' for cell in cells)} |" in README.read_text(encoding="utf-8")
+
+
+def test_times_of_models_are_those_of_the_recorded_run() -> None:
+    """Captured, in TF32 and float16: the fastest way of ours, and the fastest dense one."""
+    fastest: dict[tuple[str, bool], dict[str, float]] = {}
+    for row in recorded("torch_model"):
+        model, _, dtype = row["case"].rpartition(", ")
+        if "captured" in row["implementation"]:
+            times = fastest.setdefault((model, row["implementation"].startswith("sbnet_cupy")), {})
+            times[dtype] = min(row["median_us"], times.get(dtype, row["median_us"]))
+    lines = [line for line in README.read_text(encoding="utf-8").splitlines() if line.endswith(" times as fast |")]
+    assert len(lines) == 3
+    for line in lines:
+        model = re.match(r"\| (.+) channels,", line)[1]
+        ours, dense = ([fastest[model, ours][dtype] for dtype in ("float32", "float16")] for ours in (True, False))
+        ratios = " / ".join(f"{theirs / time:.1f}" for theirs, time in zip(dense, ours))
+        cells = [" / ".join(map(brief, times)) + " us" for times in (ours, dense)]
+        assert line.endswith(f"| {cells[0]} | {cells[1]} | {ratios} times as fast |")
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """The rows of a recorded benchmark."""
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text())["results"]
+
+
+def brief(time: float) -> str:
+    """A time in microseconds, as tables have it."""
+    return f"{time:.1f}" if time < 100 else f"{time:.0f}"
 
 
 def test_ci_runs_the_command_that_the_readme_gives() -> None:
