@@ -480,6 +480,18 @@ fill-barrier: tile.cuh, gather_tiled
 - wait_async(); __syncthreads(); } // Where
 + wait_async(); } // Where
 
+fill-channels-unfinished: gather.cu, gather_back
+- t.image_strides[3]); finish_fill();
++ t.image_strides[3]);
+
+fill-across-unfinished: scatter.cu, scatter_back
+- part, owns); finish_fill();
++ part, owns);
+
+fill-along-unfinished: scatter.cu, scatter_tiled
+- locate); finish_fill(); const AlongChannels
++ locate); const AlongChannels
+
 fill-channels-stride: tile.cuh, gather_back
 - first + channel * channel_stride : 0
 + first + channel : 0
