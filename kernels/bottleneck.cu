@@ -52,15 +52,27 @@ __device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, i
     return span;
 }
 
-// Rows of an implicit matrix: pieces of a pixel, then of its neighbours under the kernel.
-template <int kPiecesOfPixel, int kPositions, int kKernelW, int kSteps>
-__device__ inline void list_pieces(int* offsets, int window_width, int pitch) {
+// A product's depth in the order of its packed weights (see _packing.py): chunk after chunk of kChunk pieces of a pixel,
+// and in it the pieces of each pixel under the kernel. Chunks are filled up to whole steps, the last one to kChunk.
+template <int kPieces_, int kChunk_, int kKernelH = 1, int kKernelW_ = 1>
+struct Depth {
+    static constexpr int kPieces = kPieces_, kChunk = kChunk_, kKernelW = kKernelW_;
+    static constexpr int kPositions = kKernelH * kKernelW;
+    static constexpr int kChunkSteps = (kPositions * kChunk + kStepPieces - 1) / kStepPieces;
+    static constexpr int kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
+};
+
+// Where the pieces of a row of such an implicit matrix lie.
+template <typename Rows, typename Depth>
+__device__ inline void list_pieces(int* offsets) {
+    constexpr int kRoom = Depth::kChunkSteps * kStepPieces;
 #pragma unroll 1
-    for (int k = threadIdx.x; k < kSteps * kStepPieces; k += kProductThreads) {
-        const int position = k / kPiecesOfPixel, piece = k % kPiecesOfPixel;
-        offsets[k] = position < kPositions
-                         ? (position / kKernelW * window_width + position % kKernelW) * pitch + piece * kPieceBytes
-                         : kNoPiece;
+    for (int k = threadIdx.x; k < Depth::kSteps * kStepPieces; k += kProductThreads) {
+        const int position = k % kRoom / Depth::kChunk;
+        const int piece = k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
+        const int dy = position / Depth::kKernelW, dx = position % Depth::kKernelW;
+        const bool exists = position < Depth::kPositions && piece < Depth::kPieces;
+        offsets[k] = exists ? Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
     }
 }
 
@@ -123,7 +135,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
 
 // The step between two convolutions, from a tile of sums to the matrix of the next one. `is_inside` tells which pixels
 // the dense network has; it pads with zeros.
-template <typename Products, typename Layout, int kPixels, int kPitch, typename IsInside>
+template <typename Products, typename Rows, typename Layout, typename IsInside>
 __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout, int m, int n, const float (&sum)[4],
                                      const float* scale, const float* shift, IsInside is_inside) {
     using T = typename Products::Number;
@@ -136,8 +148,8 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
         float number[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) number[i] = inside ? affine(sum[2 * r + i], i) : 0.0f;
-        if (pixel < kPixels) {
-            store(matrix + pixel * kPitch + column * static_cast<int>(sizeof(T)), 0,
+        if (pixel < Rows::kPixels) {
+            store(matrix + Rows::offset(pixel) + column * static_cast<int>(sizeof(T)), 0,
                   rounded<T, Products::kRounds>(number));
         }
     }
@@ -145,21 +157,24 @@ __device__ inline void activate_sums(unsigned char* matrix, const Layout& layout
 
 // Bit k of kNear tells that the weights of product k are kept in shared memory. The window comes in kParts parts of its
 // channels, so that the first are multiplied while the last are on their way.
-// Registers: at most 255.
-template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, typename Layout1,
-          typename Layout2, typename Layout3, int kNear, int kParts>
-__global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottleneck b) {
+// Registers: at most 255, or 128 where a multiprocessor is to hold two CTAs (kCtas).
+template <typename Products, int kC, int kB, int kTileH, int kTileW, int kKernelH, int kKernelW, int kChunk1, int kChunk2,
+          int kChunk3, typename Layout1, typename Layout2, typename Layout3, int kNear, int kParts, int kCtas>
+__global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottleneck b) {
     using T = typename Products::Number;
     constexpr int kLanes = kPiece<T>;
     constexpr int kHaloH = kTileH + kKernelH - 1, kHaloW = kTileW + kKernelW - 1;
     constexpr int kHalo = kHaloH * kHaloW, kPixels = kTileH * kTileW;
-    constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes, kPositions = kKernelH * kKernelW;
-    constexpr int kPitchB = (kPiecesB | 1) * kPieceBytes;
-    using Staged = SharedWindow<T, kPiecesC / kParts, kHaloH, kHaloW, kPiecesC>;
-    static_assert(kParts == 1 || kPiecesC % (kParts * kStepPieces) == 0, "parts are whole steps");
-    constexpr int kSteps1 = (kPiecesC + kStepPieces - 1) / kStepPieces;
-    constexpr int kSteps2 = (kPiecesB * kPositions + kStepPieces - 1) / kStepPieces;
-    constexpr int kSteps3 = (kPiecesB + kStepPieces - 1) / kStepPieces;
+    constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes;
+    using WindowRows = PixelRows<kPiecesC, kHaloH, kHaloW>;          // read by pixels of the halo
+    using HaloRows = PixelRows<kPiecesB, kHaloH, kHaloW, kTileW>;    // by those of the tile, under the kernel
+    using TileRows = PixelRows<kPiecesB, kTileH, kTileW>;
+    using Staged = SharedWindow<T, kPiecesC / kParts, WindowRows>;
+    using Depth1 = Depth<kPiecesC, kChunk1>;
+    using Depth2 = Depth<kPiecesB, kChunk2, kKernelH, kKernelW>;
+    using Depth3 = Depth<kPiecesB, kChunk3>;
+    constexpr int kSteps1 = Depth1::kSteps, kSteps2 = Depth2::kSteps, kSteps3 = Depth3::kSteps;
+    static_assert(kParts == 1 || (kSteps1 % kParts == 0 && kSteps1 * kStepPieces == kPiecesC), "parts are whole steps");
     static_assert(kC % kColumns == 0 && kB % kColumns == 0, "channels fill pieces and columns");
     static_assert(Layout1::kAllRows >= kHalo && Layout1::kAllColumns == kB, "the first product is whole");
     static_assert(Layout2::kAllRows >= kPixels && Layout2::kAllColumns == kB, "the second product is whole");
@@ -180,13 +195,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
     StepWords* near2 = near1 + (kNear1 ? kB / kColumns * kSteps1 * kWarp : 0);
     StepWords* near3 = near2 + (kNear2 ? kB / kColumns * kSteps2 * kWarp : 0);
     unsigned char* middle = reinterpret_cast<unsigned char*>(near3 + (kNear3 ? kC / kColumns * kSteps3 * kWarp : 0));
-    unsigned char* window_pixels = middle + kHalo * kPitchB;
-    unsigned char* exchanged = window_pixels + Staged::kBytes;  // parts of sums, and results on their way out
+    unsigned char* window_pixels = middle + HaloRows::kBytes;
+    unsigned char* exchanged = window_pixels + WindowRows::kBytes;  // parts of sums, and results on their way out
 
     if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_pieces<kPiecesC, 1, 1, kSteps1>(offsets1, kHaloW, Staged::kPitch);
-    list_pieces<kPiecesB, kPositions, kKernelW, kSteps2>(offsets2, kHaloW, kPitchB);
-    list_pieces<kPiecesB, 1, 1, kSteps3>(offsets3, kTileW, kPitchB);
+    list_pieces<WindowRows, Depth1>(offsets1);
+    list_pieces<HaloRows, Depth2>(offsets2);
+    list_pieces<TileRows, Depth3>(offsets3);
     wait_for_earlier_kernels();
 
     const int64 active = *b.bin_counts;
@@ -236,7 +251,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
 
         {
             const Layout1 layout;
-            const ActivatedRows<T, kPiecesC, Products::kRounds> activated(scale1, shift1, b.activates != 0);
+            const ActivatedRows<T, kPiecesC, kSteps1, Products::kRounds> activated(scale1, shift1, b.activates != 0);
             Sums<Layout1::kM, Layout1::kN> sums;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -247,11 +262,11 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                 __syncthreads();
                 if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
                 product(
-                    sums, window_pixels, [](int m) { return (m < kHalo ? m : 0) * Staged::kPitch; }, offsets1, zeros,
+                    sums, window_pixels, [](int m) { return WindowRows::offset(m < kHalo ? m : 0); }, offsets1, zeros,
                     weights1, activated);
             }
             layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
-                activate_sums<Products, Layout1, kHalo, kPitchB>(
+                activate_sums<Products, HaloRows>(
                     middle, layout, m, n, sum, scale2, shift2,
                     [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
             });
@@ -264,12 +279,11 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
             Sums<Layout2::kM, Layout2::kN> sums;
             product(
                 sums, middle,
-                [](int m) { return m < kPixels ? (m / kTileW * kHaloW + m % kTileW) * kPitchB : 0; }, offsets2, zeros,
+                [](int m) { return m < kPixels ? HaloRows::offset(m / kTileW, m % kTileW) : 0; }, offsets2, zeros,
                 weights2);
             if (Layout2::kDepth == 1) __syncthreads();  // else there is a barrier before sums are finished
             layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
-                activate_sums<Products, Layout2, kPixels, kPitchB>(middle, layout, m, n, sum, scale3, shift3,
-                                                                   [](int) { return true; });
+                activate_sums<Products, TileRows>(middle, layout, m, n, sum, scale3, shift3, [](int) { return true; });
             });
         }
         let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
@@ -286,13 +300,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
         const Layout3 layout;
         using Results = WarpRows<Layout3::kN, kLanes>;
         const Results rows(reinterpret_cast<float*>(exchanged));
-        const unsigned char* const own_pixels = window_pixels + ((y.first - top) * kHaloW + x.first - left) * Staged::kPitch;
+        const unsigned char* const own_pixels = window_pixels + WindowRows::offset(y.first - top, x.first - left);
         // Asked for early by one thread: the answer takes a while, and nearly always is yes.
         bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
-                sums, middle, [](int m) { return (m < kPixels ? m : 0) * kPitchB; }, offsets3, zeros, weights3);
+                sums, middle, [](int m) { return TileRows::offset(m < kPixels ? m : 0); }, offsets3, zeros, weights3);
             if constexpr (kC > Layout3::kAllColumns) {
                 const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
                 weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);
@@ -311,7 +325,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck(const Bottlenec
                     if (!rows.exists(turn) || dy >= y.size || dx >= x.size) continue;
                     const int channel = pass + layout.column + rows.column(turn);
                     const auto shortcut = load<Vec<T, kLanes>>(
-                        own_pixels + (dy * kHaloW + dx) * Staged::kPitch + channel * static_cast<int>(sizeof(T)), 0);
+                        own_pixels + WindowRows::offset(dy, dx) + channel * static_cast<int>(sizeof(T)), 0);
                     float number[kLanes];
                     rows.get(turn, number);
 #pragma unroll

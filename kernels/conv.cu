@@ -47,6 +47,7 @@ struct ConvShape {
     static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_, kChunk = kChunk_;
     static constexpr int kWindowH = (kTileH - 1) * kStrideH + kKernelH, kWindowW = (kTileW - 1) * kStrideW + kKernelW;
     static constexpr int kSteps = (kKernelH * kKernelW * kChunk + kStepPieces - 1) / kStepPieces;
+    using Rows = PixelRows<kChunk, kWindowH, kWindowW, kTileW, kStrideH, kStrideW>;
 };
 
 // Its tensors: whether the input comes in whole pieces, the output (and the residual) in aligned pairs of features;
@@ -110,12 +111,12 @@ struct ConvTile {
 
 // Where the pieces of a pixel's channels lie in the window, kernel position by kernel position: the rows of an implicit
 // matrix. What is left of the last step is no piece.
-template <typename Shape, int kPitch>
+template <typename Shape>
 __device__ inline void list_offsets(int* offsets) {
     for (int k = threadIdx.x; k < Shape::kSteps * kStepPieces; k += kProductThreads) {
         const int position = k / Shape::kChunk, piece = k % Shape::kChunk;
         const int dy = position / Shape::kKernelW, dx = position % Shape::kKernelW;
-        offsets[k] = dy < Shape::kKernelH ? (dy * Shape::kWindowW + dx) * kPitch + piece * kPieceBytes : kNoPiece;
+        offsets[k] = dy < Shape::kKernelH ? Shape::Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
     }
 }
 
@@ -146,11 +147,12 @@ __device__ inline void put_pair(T* to, const T* with, float (&number)[2], bool i
 
 // A CTA takes some features (blockIdx.y tells which) of every gridDim.x-th tile, so that the grid need not know how many
 // blocks are active. Chunks of the channels are staged while the one before is multiplied.
-// Registers: at most 255.
-template <typename Products, typename Layout, typename Shape, typename Form>
-__global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
+// Registers: at most 255, or 128 where a multiprocessor is to hold two CTAs (kCtas).
+template <typename Products, typename Layout, typename Shape, typename Form, int kCtas>
+__global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
     using T = typename Products::Number;
-    using Staged = SharedWindow<T, Shape::kChunk, Shape::kWindowH, Shape::kWindowW>;
+    using Staged = SharedWindow<T, Shape::kChunk, typename Shape::Rows>;
+    constexpr int kWindowBytes = Shape::Rows::kBytes;
     constexpr int kTilePixels = Shape::kTileH * Shape::kTileW;
     static_assert(Layout::kAllRows >= kTilePixels, "a tile has rows for all its pixels");
     extern __shared__ StepWords conv_shared[];
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
 
     if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_offsets<Shape, Staged::kPitch>(offsets);
+    list_offsets<Shape>(offsets);
     wait_for_earlier_kernels();
 
     const int64 active = *c.bin_counts;
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
         if (!tile.exists) continue;
         const Window window = tile.source(c, Shape());
         const auto start = [&](int k) {
-            const Staged staged{windows + (Form::kChunks ? k % 2 * Staged::kBytes : 0)};
+            const Staged staged{windows + (Form::kChunks ? k % 2 * kWindowBytes : 0)};
             staged.template start<Form::kWhole, false>(window, static_cast<const T*>(c.source),
                                                        k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
             commit_async();
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
             } else {
                 wait_async_groups<0>();
             }
-            const Staged staged{windows + (Form::kChunks ? k % 2 * Staged::kBytes : 0)};
+            const Staged staged{windows + (Form::kChunks ? k % 2 * kWindowBytes : 0)};
             if constexpr (Form::kActivates) {
                 const ChannelAffine<kPiece<T>> affine(source_scale, source_shift, c.source_relu != 0,
                                                       (k * Shape::kChunk + Staged::piece()) * kPiece<T>);
@@ -228,8 +230,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) conv(const Conv c) {
                     int pixel = layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r);
                     if (pixel >= kTilePixels) pixel = 0;  // of no tile: any pixel will do
                     const int y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-                    rows[m][r] = staged.pixels +
-                                 (y * Shape::kStrideH * Shape::kWindowW + x * Shape::kStrideW) * Staged::kPitch;
+                    rows[m][r] = staged.pixels + Shape::Rows::offset(y * Shape::kStrideH, x * Shape::kStrideW);
                 }
             }
             Products::run(sums, rows, offsets, zeros, distant, begin, end);

@@ -62,9 +62,12 @@ __device__ inline void put_columns(const Transfer& t, const Placement<Index>& at
                                                   static_cast<int64>(begin) * t.image_strides[1]);
         if constexpr (kOrder == Order::kColumns && !Combine::kAdds) {
             const Rect<Index>& inside = at.inside;
-            if (ends_in_sector(target, column.column == inside.column_begin, column.column + 1 == inside.column_end)) {
+            const bool first = column.column == inside.column_begin, last = column.column + 1 == inside.column_end;
+            if (t.image_strides[2] == 1 && ends_in_sector(target, first, last)) {
                 const Word* end_of_row = target;
-                for (Index row = begin; row < end; ++row, end_of_row += t.image_strides[1]) prefetch_sector(end_of_row);
+                for (Index row = begin; row < end; ++row, end_of_row += t.image_strides[1]) {
+                    if (owns(row, column.column)) prefetch_sector(end_of_row);
+                }
             }
         }
         for (Index row = begin; row < end; row += kBatch) {
@@ -198,7 +201,8 @@ __device__ inline void put_groups(const Transfer& t, const Members& members, con
 }
 
 // How threads share a tile that goes to an image whose channels lie apart: each takes channels of a pixel, which it
-// finds once for all of them. Sums take registers for the image's words, too: those of 16 halves would spill.
+// finds once for all of them: whole pieces, as many as registers hold. Sums take registers for the image's words, too:
+// those of 16 halves would spill.
 template <typename Combine, typename Shape>
 using AcrossImage = AcrossPixels<Shape, Combine::kAdds && Shape::kPiece >= 8
                                             ? Shape::kPiece

@@ -203,9 +203,9 @@ struct Patches {
 
 // Groups of kLanes channels of a pixel; neighbouring threads take neighbouring pixels, also of the next row and of the
 // next block. For a tensor that is contiguous along pixels: where a pixel lies is found once for all its channels.
-template <typename Shape, int kGroupLanes = Shape::kPiece == 16 ? 16 : 2 * Shape::kPiece>
+template <typename Shape, int kGroupLanes>
 struct AcrossPixels {
-    static constexpr int kLanes = kGroupLanes;  // whole pieces, as many as registers hold
+    static constexpr int kLanes = kGroupLanes;  // whole pieces
     int first, count;
     static constexpr int step = kTileThreads;
 

@@ -14,11 +14,11 @@ from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
 from ._fused_form import BottleneckCall, ConvCall
 from ._fused_plan import (
-    THREADS,
     BottleneckPlan,
     BottleneckProblem,
     ConvPlan,
     ConvProblem,
+    bottleneck_packings,
     plan_bottleneck,
     plan_conv,
 )
@@ -28,6 +28,7 @@ from ._packing import PackedWeights, Packing, is_whole
 from ._plan import division
 from ._transfer import MOST_IMAGES
 from ._validate import Spec
+from ._warps import THREADS
 
 
 def pack(w: Any, packing: Packing, tf32: bool) -> Any:
@@ -118,7 +119,8 @@ def prepare_conv(call: ConvCall) -> Ready | None:
         return None
     rounds = tensor and dtype.itemsize == 4 and not call.activates
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
-    instance = conv_instance(products_of(dtype, tensor, rounds), plan.layout.expression, shape, _conv_form(call))
+    products, layout = products_of(dtype, tensor, rounds), plan.layout.expression
+    instance = conv_instance(products, layout, shape, _conv_form(call), plan.resident)
     return Ready(Launch(instance, plan.grid, plan.shared, _conv_argument(call, plan)))
 
 
@@ -212,14 +214,17 @@ def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
     if not (is_whole(call.source) and is_whole(call.target)):
         return None
     problem = BottleneckProblem(
-        channels, call.inner, dtype.itemsize, call.layer.ksize, call.grid.bsize, call.rows, tensor
+        channels, call.inner, dtype.itemsize, call.layer.ksize, call.grid.bsize, call.rows, tensor, call.in_place
     )
     plan = plan_bottleneck(problem, limits)
     if plan is None:
         return None
-    numbers = (channels, call.inner, *plan.tile, *call.layer.ksize)
+    chunks = (packing.chunk for packing in bottleneck_packings(problem))
+    numbers = (channels, call.inner, *plan.tile, *call.layer.ksize, *chunks)
     first, second, third = (layout.expression for layout in plan.layouts)
-    instance = bottleneck_instance(products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts)
+    instance = bottleneck_instance(
+        products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts, plan.resident
+    )
     if call.in_place:
         resident = _jit.ctas_that_fit(instance, THREADS, plan.shared)
         if plan.ctas > resident * limits.multiprocessors:

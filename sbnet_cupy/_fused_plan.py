@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
+from ._fused_clocks import BETWEEN, CHUNK, EXCHANGE, IMAGES, WAITS, Clocks, product_clocks
+from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing, packing_of
+from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
 
 Pair = tuple[int, int]
 
-#: Threads of a CTA, warps, and rows of a product of a warp, as in kernels/window.cuh and kernels/products.cuh.
-THREADS, WARPS, ROWS = 256, 8, 16
-
-#: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
-MOST_SUMS = 16
+#: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each. Fewer where windows come in chunks, and next to
+#: another CTA, which has half of the registers: more would spill.
+MOST_SUMS, _CHUNK_SUMS, _FEW_SUMS = 16, 12, 9
 
 
 class DeviceLimits(NamedTuple):
@@ -34,48 +34,6 @@ class DeviceLimits(NamedTuple):
     def has_tensor_cores(self) -> bool:
         """Whether they take all of the types that the kernels give them."""
         return self.capability >= 80
-
-
-class WarpLayout(NamedTuple):
-    """How the warps of a CTA share the sums of a product. Mirrored by Warps of kernels/window.cuh."""
-
-    #: 16 x 8 sums of a warp.
-    m: int
-    n: int
-    #: Warps along rows and columns; those that are left share the depth.
-    warps_m: int
-    warps_n: int
-
-    @property
-    def depth(self) -> int:
-        """Warps that share the same sums."""
-        return WARPS // (self.warps_m * self.warps_n)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all warps."""
-        return self.m * self.warps_m * ROWS
-
-    @property
-    def columns(self) -> int:
-        """Columns of all warps."""
-        return self.n * self.warps_n * COLUMNS
-
-    @property
-    def exchanged_bytes(self) -> int:
-        """Shared memory for the parts of sums that warps exchange."""
-        return WARPS * self.m * self.n * 512 if self.depth > 1 else 0
-
-    @property
-    def result_bytes(self) -> int:
-        """Shared memory in which each warp lays 16 rows of its sums out."""
-        pitch = self.n * COLUMNS + (COLUMNS if self.n % 2 == 0 else 0)
-        return WARPS * ROWS * pitch * 4
-
-    @property
-    def expression(self) -> str:
-        """Its C++ type."""
-        return f"sbnet::Warps<{self.m}, {self.n}, {self.warps_m}, {self.warps_n}>"
 
 
 @dataclass(frozen=True)
@@ -104,16 +62,26 @@ class ConvPlan:
     layout: WarpLayout
     #: Input pixels of a tile.
     window: Pair
-    #: Bytes of a staged pixel, of a staged window, and of shared memory in all.
-    pitch: int
+    #: Bytes of a staged window, and of shared memory in all.
     window_bytes: int
     shared: int
     grid: tuple[int, int, int]
+    #: CTAs that a multiprocessor holds at a time.
+    resident: int
 
 
-def pitch_of(pieces: int) -> int:
-    """Bytes from a staged pixel to the next: an odd number of pieces, so that eight pixels meet different banks."""
-    return (pieces | 1) * PIECE_BYTES
+def row_pieces(pitch: int, width: int, tile_width: int, strides: Pair) -> int:
+    """Pieces from a row of a window to the next. Mirrored by row_pieces of kernels/window.cuh, which says why."""
+    least = width * pitch
+    if tile_width % 8 == 0:
+        return least
+    padded = range(least, least + 8)
+    return next((n for n in padded if (strides[0] * n - tile_width * strides[1] * pitch) % 8 == 0), least)
+
+
+def window_bytes(pieces: int, window: Pair, tile_width: int, strides: Pair = (1, 1)) -> int:
+    """Shared memory of a window of pixels of so many pieces, which are read by tiles. See PixelRows there."""
+    return window[0] * row_pieces(pieces | 1, window[1], tile_width, strides) * PIECE_BYTES
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,21 +95,51 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
     """All plans that fit."""
     packing = problem.packing
     table = PIECE_BYTES + packing.steps * STEP_PIECES * 4
-    pitch = pitch_of(packing.chunk)
+    most = _CHUNK_SUMS if problem.uses_tensor_cores and packing.chunks > 1 else MOST_SUMS
     for tile in tiles_of(problem.block):
         tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
         window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
-        window_bytes = window[0] * window[1] * pitch
-        for layout in warp_layouts(math.ceil(tile[0] * tile[1] / ROWS), packing.columns, problem.uses_tensor_cores):
+        staged = window_bytes(packing.chunk, (window[0], window[1]), tile[1], problem.strides)
+        row_tiles = math.ceil(tile[0] * tile[1] / ROWS)
+        for layout in warp_layouts(row_tiles, packing.columns, problem.uses_tensor_cores, most):
             channels = 8 * layout.columns
             if problem.activates:
                 channels += 8 * packing.chunk * packing.chunks * packing.lanes
-            shared = table + channels + max(window_bytes * min(2, packing.chunks), layout.exchanged_bytes)
+            shared = table + channels + max(staged * min(2, packing.chunks), layout.exchanged_bytes)
             if shared > limits.cta_shared:
                 continue
             ctas = problem.rows * tiles[0] * tiles[1]
             grid = (max(1, min(ctas, 2**31 - 1)), packing.columns * COLUMNS // layout.columns, 1)
-            yield ConvPlan(tile, tiles, layout, (window[0], window[1]), pitch, window_bytes, shared, grid)
+            for resident, asked in conv_residents(layout, problem, shared, grid[0] * grid[1], limits):
+                yield ConvPlan(tile, tiles, layout, (window[0], window[1]), staged, asked, grid, resident)
+
+
+#: Bytes of shared memory of each CTA that are not its own.
+_RESERVED = 1024
+
+
+def fits_twice(shared: int, limits: DeviceLimits) -> bool:
+    """Whether a multiprocessor has shared memory for two CTAs."""
+    return 2 * (shared + _RESERVED) <= limits.multiprocessor_shared
+
+
+def alone(shared: int, limits: DeviceLimits) -> int:
+    """Shared memory for a CTA that is to have a multiprocessor for itself: more than half of it.
+
+    With room for two, CTAs that do not wait for the end of those before them come in pairs while other multiprocessors
+    have none: on an H200, 126 CTAs took 5.2 us then, and 4.4 alone.
+    """
+    return max(shared, min(limits.multiprocessor_shared // 2 - _RESERVED + PIECE_BYTES, limits.cta_shared))
+
+
+def conv_residents(
+    layout: WarpLayout, problem: ConvProblem, shared: int, ctas: int, limits: DeviceLimits
+) -> Iterator[tuple[int, int]]:
+    """How many CTAs a multiprocessor may hold at a time, and the shared memory that each asks for then."""
+    yield 1, alone(shared, limits)
+    spills = problem.uses_tensor_cores and problem.packing.chunks > 1 and layout.depth > 1
+    if ctas > limits.multiprocessors and fits_twice(shared, limits) and layout.m * layout.n <= _FEW_SUMS and not spills:
+        yield 2, shared
 
 
 def tiles_of(block: Pair) -> Iterator[Pair]:
@@ -155,72 +153,15 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
             yield height, width
 
 
-def warp_layouts(row_tiles: int, column_tiles: int, tensor: bool, most: int = MOST_SUMS) -> Iterator[WarpLayout]:
-    """Layouts that hold so many tiles of rows, and a divisor of the tiles of columns, with up to `most` sums a warp."""
-    powers = [1 << k for k in range(WARPS.bit_length())]
-    for warps_m, warps_n in itertools.product(powers, powers):
-        if warps_m * warps_n > WARPS:
-            continue
-        m = math.ceil(row_tiles / warps_m)
-        for n in (1, 2, 3, 4, 6, 8, 12) if tensor else (1, 2, 3, 4):  # plain arithmetic holds more of the weights
-            if m <= 6 and m * n <= most and column_tiles % (n * warps_n) == 0:
-                yield WarpLayout(m, n, warps_m, warps_n)
-
-
-#: The model's rates, for each multiprocessor and clock of an H200: products of tensor cores of 16-bit numbers (half as
-#: many of TF32) and of plain arithmetic; bytes of shared memory or the L1 cache, of the L2 cache, and of global memory
-#: if all multiprocessors ask at once.
-_TENSOR, _PLAIN, _SHARED, _L2, _GLOBAL = 1024, 128, 128, 48, 20
-
-#: Clocks that a tile waits: for its place, for its window, at barriers.
-_WAITS = 2500
-
-#: Clocks of an exchange of sums, besides its traffic, and of a pass over the channels of a result.
-_EXCHANGE, _PASS = 500, 600
-
-#: Clocks of a step, whatever it moves: what a warp loads is only then multiplied.
-_STEP = 80
-
-
-def exchange_clocks(layout: WarpLayout) -> float:
-    """Clocks in which warps add up their parts."""
-    return _EXCHANGE + 2 * layout.exchanged_bytes / _SHARED if layout.depth > 1 else 0
-
-
-def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool, copies: float = 1) -> float:
-    """Clocks of a product of a CTA by what bounds it: arithmetic, shared memory, or the way of `copies` of weights."""
-    depth = steps * STEP_PIECES * PIECE_BYTES // itemsize
-    rate = (_TENSOR * 2 // itemsize) if tensor else _PLAIN
-    arithmetic = layout.rows * layout.columns * depth / rate
-    per_step = layout.m * 1024 + layout.n * 512
-    traffic = WARPS / layout.depth * steps * per_step / _SHARED
-    weights = copies * layout.columns * depth * itemsize / _L2
-    return max(arithmetic, traffic, weights) + 0.25 * (arithmetic + traffic) + _STEP * steps / layout.depth
-
-
-#: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
-_ACTIVATION = {2: 8, 4: 4}
-
-
-def activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
-    """Clocks in which warps activate what they read; those that share rows do it each for itself."""
-    words = steps / layout.depth * 8 * layout.m
-    return WARPS / 4 * words * _ACTIVATION[itemsize]
-
-
 def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> float:
-    """The model: clocks of all tiles, as far as they run one after another."""
-    packing = problem.packing
+    """The model of a convolution."""
+    packing, layout = problem.packing, plan.layout
     itemsize = PIECE_BYTES // packing.lanes
-    resident = min(4, max(1, limits.multiprocessor_shared // (plan.shared + 1024)))
-    ctas = plan.grid[0] * plan.grid[1]
-    waves = math.ceil(ctas / (limits.multiprocessors * resident))
-    together = min(resident, math.ceil(ctas / limits.multiprocessors))
-    product = packing.chunks * product_clocks(plan.layout, packing.steps, itemsize, problem.uses_tensor_cores)
-    load = packing.chunks * plan.window_bytes / min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / ctas))
-    out = exchange_clocks(plan.layout)
-    out += plan.tile[0] * plan.tile[1] * plan.layout.columns * itemsize / _GLOBAL
-    return waves * (_WAITS + together * (product + load + out))
+    results = plan.tile[0] * plan.tile[1] * layout.columns * itemsize
+    images = (packing.chunks * plan.window_bytes + results) / IMAGES
+    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + (EXCHANGE if layout.depth > 1 else 0), images)
+    tile += product_clocks(layout, packing.chunks * packing.steps, itemsize, problem.uses_tensor_cores)
+    return tile.of(plan.grid[0] * plan.grid[1], plan.resident, limits.multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -236,6 +177,8 @@ class BottleneckProblem:
     block: Pair
     rows: int
     uses_tensor_cores: bool
+    #: Whether more tiles than run at the same time need a stack, and a scatter.
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,6 +194,8 @@ class BottleneckPlan:
     parts: int
     shared: int
     ctas: int
+    #: CTAs that a multiprocessor holds at a time.
+    resident: int
 
 
 #: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product. Bottlenecks of 96/24 channels on
@@ -274,40 +219,56 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
     """All plans that fit, with the best layouts for each size of tiles."""
     if problem.channels % COLUMNS or problem.inner % COLUMNS:
         return
-    for tile in tiles_of(problem.block):
+    for tile, resident in itertools.product(tiles_of(problem.block), (1, 2)):
         halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
+        tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+        ctas = problem.rows * tiles[0] * tiles[1]
+        if resident > 1 and ctas <= limits.multiprocessors:
+            continue
         layouts = tuple(
-            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, bound, activates, problem)
-            for (rows, features, steps, bound, activates) in zip(
-                (halo, pixels, pixels),
-                (problem.inner, problem.inner, problem.channels),
-                bottleneck_steps(problem),
-                (None, None, _PASS_SUMS),
-                (True, False, False),
+            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, most, number == 2, number == 0, problem)
+            for number, (rows, features, steps, most) in enumerate(
+                zip(
+                    (halo, pixels, pixels),
+                    (problem.inner, problem.inner, problem.channels),
+                    bottleneck_steps(problem),
+                    (_FEW_SUMS if resident > 1 else MOST_SUMS,) * 2 + (_PASS_SUMS,),
+                )
             )
         )
         if None in layouts:
             continue
         lanes = PIECE_BYTES // problem.itemsize
         table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem))) + 8 * problem.channels + 16 * problem.inner
-        middle = halo * pitch_of(problem.inner // lanes)
-        window = halo * pitch_of(problem.channels // lanes)
+        whole = (tile[0] + problem.ksize[0] - 1, tile[1] + problem.ksize[1] - 1)
+        middle = window_bytes(problem.inner // lanes, whole, tile[1])
+        window = window_bytes(problem.channels // lanes, whole, whole[1])
         first, second, third = layouts
         exchanged = max(first.exchanged_bytes, second.exchanged_bytes, third.result_bytes)  # type: ignore[union-attr]
         shared = table + middle + window + exchanged
+        room = limits.cta_shared if resident == 1 else limits.multiprocessor_shared // 2 - _RESERVED
         near = 0
         features = (problem.inner, problem.inner, problem.channels)
         for number, (count, steps) in enumerate(zip(features, bottleneck_steps(problem))):
             weights = weight_bytes(count // COLUMNS, steps)
             shares = layouts[number].warps_m > 1  # type: ignore[union-attr]
-            if shares and weights <= _NEAR_BYTES and shared + weights <= limits.cta_shared:
+            if shares and weights <= _NEAR_BYTES and shared + weights <= room:
                 near |= 1 << number
                 shared += weights
-        if shared <= limits.cta_shared:
-            tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
-            ctas = problem.rows * tiles[0] * tiles[1]
+        if shared <= room and (resident == 1 or _keeps_few_registers(problem, near, second.depth)):  # type: ignore[union-attr]
+            shared = alone(shared, limits) if resident == 1 else shared
             parts = window_parts(problem, halo) if near & 1 else 1
-            yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas)  # type: ignore[arg-type]
+            yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas, resident)  # type: ignore[arg-type]
+
+
+def _keeps_few_registers(problem: BottleneckProblem, near: int, depth: int) -> bool:
+    """Whether half of a thread's registers will do for a bottleneck, so that a multiprocessor may hold two CTAs.
+
+    Distant weights take registers, and so do TF32's conversions.
+    """
+    if not problem.uses_tensor_cores:
+        return True
+    return problem.itemsize == 2 and bool(near & 1) and (bool(near & 2) or depth == 1)
 
 
 #: Bytes of a window from which it comes in parts, and parts at most.
@@ -317,8 +278,11 @@ _PART_BYTES, _MOST_PARTS = 1 << 14, 4
 def window_parts(problem: BottleneckProblem, halo: int) -> int:
     """In how many parts of whole steps the channels of a window come."""
     pieces = problem.channels * problem.itemsize // PIECE_BYTES
+    steps = bottleneck_steps(problem)[0]
+    if steps * STEP_PIECES != pieces:  # packed with more than the pixels have
+        return 1
     for parts in range(_MOST_PARTS, 1, -1):
-        if pieces % (parts * STEP_PIECES) == 0 and halo * pieces * PIECE_BYTES >= parts * _PART_BYTES:
+        if steps % parts == 0 and halo * pieces * PIECE_BYTES >= parts * _PART_BYTES:
             return parts
     return 1
 
@@ -328,12 +292,20 @@ def halo_pixels(tile: Pair, ksize: Pair) -> int:
     return (tile[0] + ksize[0] - 1) * (tile[1] + ksize[1] - 1)
 
 
+@functools.lru_cache(maxsize=1024)
+def bottleneck_packings(problem: BottleneckProblem) -> tuple[Packing, Packing, Packing]:
+    """How the weights of the three products are packed."""
+    outer, inner, itemsize = problem.channels, problem.inner, problem.itemsize
+    return (
+        packing_of((1, 1, outer, inner), itemsize),
+        packing_of((*problem.ksize, inner, inner), itemsize),
+        packing_of((1, 1, inner, outer), itemsize),
+    )
+
+
 def bottleneck_steps(problem: BottleneckProblem) -> tuple[int, int, int]:
     """Steps of the three products."""
-    lanes = PIECE_BYTES // problem.itemsize
-    channels, inner = problem.channels // lanes, problem.inner // lanes
-    depths = (channels, inner * problem.ksize[0] * problem.ksize[1], inner)
-    first, second, third = (math.ceil(pieces / STEP_PIECES) for pieces in depths)
+    first, second, third = (packing.chunks * packing.steps for packing in bottleneck_packings(problem))
     return first, second, third
 
 
@@ -342,55 +314,63 @@ def weight_bytes(columns: int, steps: int) -> int:
     return columns * steps * STEP_PIECES * PIECE_BYTES * COLUMNS
 
 
-def weight_copies(layout: WarpLayout, columns: int, steps: int) -> float:
-    """How often a product's weights come from the L2 cache, in effect: the L1 cache catches some that warps share."""
-    return 1 if weight_bytes(columns, steps) <= _NEAR_BYTES else 1 + 0.75 * (layout.warps_m - 1)
-
-
 def _best_layout(
     row_tiles: int,
     column_tiles: int,
     steps: int,
-    most: int | None,
+    most: int,
+    is_last: bool,
     activates: bool,
     problem: BottleneckProblem,
 ) -> WarpLayout | None:
-    """The layout with the fewest clocks for all columns: all at once, unless `most` bounds the sums of a pass."""
+    """The layout with the fewest clocks for all columns: at once, or for the last product in passes."""
 
     def clocks(layout: WarpLayout) -> float:
         passes = column_tiles // (layout.n * layout.warps_n)
-        copies = weight_copies(layout, column_tiles, steps)
-        product = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores, copies)
-        product += activation_clocks(layout, steps, problem.itemsize) if activates else 0.0
-        # What is read and written in rows of fewer bytes than a few sectors of memory takes longer.
-        row = layout.n * COLUMNS * problem.itemsize
-        rows = 0.0 if most is None else row_tiles * ROWS * column_tiles * COLUMNS * problem.itemsize / 24 * 32 / row
-        return passes * (product + exchange_clocks(layout) + _PASS) + rows
+        clocks = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores) * passes
+        if activates:
+            clocks += Clocks(0, activation_clocks(layout, steps, problem.itemsize))
+        if is_last:
+            clocks += Clocks(0, short_row_clocks(layout, row_tiles, column_tiles))
+        return clocks.alone
 
-    found = warp_layouts(row_tiles, column_tiles, problem.uses_tensor_cores, most or MOST_SUMS)
-    fitting = [
-        layout
-        for layout in found
-        if (most is None and layout.n * layout.warps_n == column_tiles)
-        or (most is not None and layout.m * layout.n <= most and layout.depth == 1)
-    ]
+    found = warp_layouts(row_tiles, column_tiles, problem.uses_tensor_cores, most)
+    fitting = (
+        layout for layout in found if (layout.depth == 1 if is_last else layout.n * layout.warps_n == column_tiles)
+    )
     return min(fitting, key=clocks, default=None)
 
 
+#: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
+_ACTIVATION = {2: 8, 4: 4}
+
+
+def activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
+    """Clocks in which warps activate what they read; those that share rows do it each for itself."""
+    words = steps / layout.depth * 8 * layout.m
+    return WARPS / 4 * words * _ACTIVATION[itemsize]
+
+
+def short_row_clocks(layout: WarpLayout, row_tiles: int, column_tiles: int) -> float:
+    """More clocks to write results in rows of a warp's columns, the shorter the more: about a sector for each row."""
+    return row_tiles * ROWS * column_tiles / layout.n * 32 / IMAGES
+
+
+#: Clocks of a scatter, besides its traffic: fitted.
+_SCATTER = 4800
+
+
 def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: DeviceLimits) -> float:
-    """The model: clocks of all tiles, as far as they run one after another."""
-    resident = min(4, max(1, limits.multiprocessor_shared // (plan.shared + 1024)))
-    waves = math.ceil(plan.ctas / (limits.multiprocessors * resident))
-    together = min(resident, math.ceil(plan.ctas / limits.multiprocessors))
-    tensor, itemsize = problem.uses_tensor_cores, problem.itemsize
-    clocks = 0.0
-    for number, (layout, steps) in enumerate(zip(plan.layouts, bottleneck_steps(problem))):
-        passes = problem.channels // layout.columns if number == 2 else 1
-        columns = (problem.channels if number == 2 else problem.inner) // COLUMNS
-        product = product_clocks(layout, steps, itemsize, tensor, weight_copies(layout, columns, steps))
-        clocks += passes * (product + exchange_clocks(layout) + _PASS)
-    clocks += activation_clocks(plan.layouts[0], bottleneck_steps(problem)[0], itemsize)
-    pixels = halo_pixels(plan.tile, problem.ksize) + 2 * plan.tile[0] * plan.tile[1]
-    share = min(_L2, _GLOBAL * max(1.0, limits.multiprocessors / max(1, plan.ctas)))
-    clocks += pixels * problem.channels * itemsize / share
-    return waves * (_WAITS + together * clocks)
+    """The model of a bottleneck."""
+    tensor, itemsize, steps = problem.uses_tensor_cores, problem.itemsize, bottleneck_steps(problem)
+    pixels = plan.tile[0] * plan.tile[1]
+    images = (halo_pixels(plan.tile, problem.ksize) + 2 * pixels) * problem.channels * itemsize / IMAGES
+    tile = Clocks(WAITS + 2 * BETWEEN, images)
+    for layout, count, columns in zip(plan.layouts, steps, (problem.inner, problem.inner, problem.channels)):
+        tile += product_clocks(layout, count, itemsize, tensor) * (columns // layout.columns)
+    first, _, third = plan.layouts
+    tile += Clocks(0, activation_clocks(first, steps[0], itemsize))
+    tile += Clocks(0, short_row_clocks(third, math.ceil(pixels / ROWS), problem.channels // COLUMNS))
+    clocks = tile.of(plan.ctas, plan.resident, limits.multiprocessors)
+    scatters = problem.in_place and plan.ctas > plan.resident * limits.multiprocessors
+    return clocks + (_SCATTER if scatters else 0)

@@ -143,19 +143,22 @@ def products_of(dtype: np.dtype[Any], tensor_cores: bool, rounds_rows: bool = Fa
     return f"sbnet::{'TensorCores' if tensor_cores else 'Plain'}<{_SUMMANDS[dtype.name]}{rounds}>"
 
 
-def conv_instance(products: str, layout: str, shape: tuple[int, ...], form: tuple[bool, ...]) -> Instance:
-    """The fused convolution: see ConvShape and ConvForm of kernels/conv.cu."""
+def conv_instance(
+    products: str, layout: str, shape: tuple[int, ...], form: tuple[bool, ...], resident: int
+) -> Instance:
+    """The fused convolution: see ConvShape and ConvForm of kernels/conv.cu; CTAs that a multiprocessor holds."""
     numbers, flags = ", ".join(map(str, shape)), ", ".join("true" if flag else "false" for flag in form)
     return Instance(
-        "conv.cu", f"sbnet::conv<{products}, {layout}, sbnet::ConvShape<{numbers}>, sbnet::ConvForm<{flags}>>"
+        "conv.cu",
+        f"sbnet::conv<{products}, {layout}, sbnet::ConvShape<{numbers}>, sbnet::ConvForm<{flags}>, {resident}>",
     )
 
 
 def bottleneck_instance(
-    products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str], near: int, parts: int
+    products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str], near: int, parts: int, resident: int
 ) -> Instance:
-    """The fused bottleneck: channels, inner channels, tile and kernel size; layouts; which weights are near; parts."""
-    arguments = [products, *map(str, numbers), *layouts, str(near), str(parts)]
+    """The fused bottleneck: see kernels/bottleneck.cu; CTAs that a multiprocessor holds."""
+    arguments = [products, *map(str, numbers), *layouts, str(near), str(parts), str(resident)]
     return Instance("bottleneck.cu", f"sbnet::bottleneck<{', '.join(arguments)}>")
 
 

@@ -34,9 +34,9 @@ from sbnet_cupy import (
     sparse_conv2d,
     sparse_res_block_bottleneck,
 )
-from sbnet_cupy._fused_plan import WARPS, WarpLayout
 from sbnet_cupy._instances import Instance
 from sbnet_cupy._packing import pack
+from sbnet_cupy._warps import WARPS, WarpLayout
 
 FLOAT32 = np.dtype(np.float32)
 DTYPES = {
@@ -412,6 +412,9 @@ BOTTLENECKS = [
     bottleneck("parts-plain", "tf32", (9, 12), 32, 8, (4, 5), plan="parts", activates=False),
     bottleneck("passes", "bfloat16", (9, 12), 32, 16, (4, 5), plan="passes"),
     bottleneck("direct-tiles", "tf32", (9, 12), 24, 8, (5, 11), plan="tiles"),
+    bottleneck("chunks-of-the-middle", "tf32", (7, 8), 16, 128, (4, 4), batch=1, density=0.1),
+    bottleneck("chunks-of-the-channels", "float32", (6, 7), 264, 16, (4, 3), batch=1, density=0.1),
+    bottleneck("chunks-of-halves", "float16", (6, 7), 544, 16, (4, 3), batch=1, density=0.1),
     bottleneck("stack", "tf32", (20, 23), 16, 8, (8, 8), target="place", density=0.05),
     bottleneck("layers-stride", "float16", (13, 15), 16, 8, (3, 4), strides=(2, 2), projects=24, spare=3),
     bottleneck("layers-kernels", "tf32", (12, 13), 8, 8, (4, 5), outer=((3, 1), (2, 3)), target="place", batch=1),

@@ -12,24 +12,23 @@ from hypothesis import strategies as st
 from bench.stages import STAGES
 from sbnet_cupy._fused_plan import (
     MOST_SUMS,
-    ROWS,
-    WARPS,
     BottleneckPlan,
     BottleneckProblem,
     ConvPlan,
     ConvProblem,
     DeviceLimits,
-    WarpLayout,
     bottleneck_plans,
     bottleneck_steps,
     conv_plans,
     halo_pixels,
-    pitch_of,
     plan_bottleneck,
     plan_conv,
+    row_pieces,
     tiles_of,
+    window_bytes,
 )
 from sbnet_cupy._packing import packing_of
+from sbnet_cupy._warps import ROWS, WARPS, WarpLayout
 
 #: An H200, an RTX 4090, a T4 and what tests/cpu_cuda stands for.
 LIMITS = (
@@ -79,10 +78,9 @@ def check_conv(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> No
     check_layout(plan.layout, plan.tile[0] * plan.tile[1], 8 * packing.columns)
     for window, tile, kernel, stride in zip(plan.window, plan.tile, problem.ksize, problem.strides):
         assert window == (tile - 1) * stride + kernel
-    assert plan.pitch >= 16 * packing.chunk
-    assert plan.pitch // 16 % 2 == 1
+    assert plan.window_bytes == window_bytes(packing.chunk, plan.window, plan.tile[1], problem.strides)
     # What kernels/conv.cu lays out, one after another.
-    windows = plan.window[0] * plan.window[1] * plan.pitch * (2 if packing.chunks > 1 else 1)
+    windows = plan.window_bytes * (2 if packing.chunks > 1 else 1)
     exchanged = WARPS * plan.layout.m * plan.layout.n * 32 * 16 if plan.layout.depth > 1 else 0
     source = 2 * 4 * packing.chunk * packing.lanes * packing.chunks if problem.activates else 0
     needed = 16 + 4 * 4 * packing.steps + 2 * 4 * plan.layout.columns + source + max(windows, exchanged)
@@ -90,6 +88,10 @@ def check_conv(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> No
     assert plan.grid[0] == problem.rows * plan.tiles[0] * plan.tiles[1]
     assert plan.grid[1] * plan.layout.columns == 8 * packing.columns
     assert plan.grid[2] == 1
+    # As many CTAs fit beside each other as are to, and no more.
+    beside = limits.multiprocessor_shared // (plan.shared + 1024)
+    assert plan.resident == 2 <= beside if plan.resident > 1 else beside <= 1
+    assert plan.resident == 1 or math.prod(plan.grid) > limits.multiprocessors
 
 
 @given(conv_problems(), st.sampled_from(LIMITS))
@@ -129,7 +131,9 @@ def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: D
     near = sum(
         count // 8 * step * 32 * 16 for k, (count, step) in enumerate(zip(features, steps)) if plan.near >> k & 1
     )
-    window, middle = (halo * pitch_of(channels // lanes) for channels in (problem.channels, problem.inner))
+    whole = (plan.tile[0] + problem.ksize[0] - 1, plan.tile[1] + problem.ksize[1] - 1)
+    window = window_bytes(problem.channels // lanes, whole, whole[1])
+    middle = window_bytes(problem.inner // lanes, whole, plan.tile[1])
     exchanged = [WARPS * layout.m * layout.n * 32 * 16 if layout.depth > 1 else 0 for layout in plan.layouts]
     width = 8 * third.n
     results = WARPS * 16 * (width + (8 if third.n % 2 == 0 else 0)) * 4
@@ -149,12 +153,29 @@ def test_plans_of_bottlenecks(problem: BottleneckProblem, limits: DeviceLimits) 
         assert not plans
 
 
+@given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 24), pairs, st.tuples(*[st.sampled_from([1, 3, 5])] * 2))
+def test_pixels_that_are_read_at_once_lie_in_different_banks(
+    pieces: int, height: int, width: int, ksize: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    """Of eight neighbouring pixels of a tile, also where its rows end, no two share the banks of a piece."""
+    pitch, whole = pieces | 1, tuple((t - 1) * s + k for t, s, k in zip((height, width), strides, ksize))
+    row = row_pieces(pitch, whole[1], width, strides)
+    assert whole[1] * pitch <= row < whole[1] * pitch + 8
+    assert window_bytes(pieces, (whole[0], whole[1]), width, strides) == 16 * row * whole[0]
+    places = [y * strides[0] * row + x * strides[1] * pitch for y in range(height) for x in range(width)]
+    for first in range(0, len(places) - 7, 8):
+        assert len({place % 8 for place in places[first : first + 8]}) == 8
+
+
 def test_steps_of_a_bottleneck() -> None:
     half = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), 10, True)
     # 12 pieces; 3 pieces at 9 positions, 27, in steps of 4; 3 pieces.
     assert bottleneck_steps(half) == (3, 7, 1)
     single = BottleneckProblem(96, 24, 4, (3, 3), (8, 8), 10, True)
     assert bottleneck_steps(single) == (6, 14, 2)
+    # Packed in chunks: 66 pieces in 5 of 16; 26 pieces at 9 positions in 4 of 8, 18 steps each; 26 pieces.
+    wide = BottleneckProblem(264, 104, 4, (3, 3), (8, 8), 10, True)
+    assert bottleneck_steps(wide) == (20, 72, 7)
 
 
 @given(blocks)

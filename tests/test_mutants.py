@@ -103,6 +103,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
+        "bottleneck_chunks": some(bottlenecks, "chunks-of-the-middle chunks-of-the-channels"),
         "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw layers-tiles"),
     }
 
@@ -1589,8 +1590,8 @@ activated-without-relu: window.cuh, bottleneck
 + least(0.0f)
 
 piece-of-the-window: window.cuh, conv
-- of_pixel * kPitch + piece() * kPieceBytes
-+ of_pixel * kPitch
+- Rows::offset(of_pixel) + piece() * kPieceBytes
++ Rows::offset(of_pixel)
 
 depth-left-out: window.cuh, conv_chunks
 - for (int d = 0; d < kDepth; ++d) { #pragma unroll for
@@ -1637,16 +1638,16 @@ columns-of-weights: products.cuh, conv_plain
 + const int column = static_cast<int>(threadIdx.x) % 4 + 4 * k;
 
 conv-kernel-rows: conv.cu, conv_plain
-- (dy * Shape::kWindowW + dx) * kPitch
-+ (dy * Shape::kTileW + dx) * kPitch
+- Shape::Rows::offset(dy, dx)
++ Shape::Rows::offset(dx, dy)
 
 conv-pieces: conv.cu, conv_chunks
-- dx) * kPitch + piece * kPieceBytes : kNoPiece
-+ dx) * kPitch : kNoPiece
+- offset(dy, dx) + piece * kPieceBytes : kNoPiece;
++ offset(dy, dx) : kNoPiece;
 
 conv-stride: conv.cu, conv
-- x * Shape::kStrideW) * Staged::kPitch
-+ x) * Staged::kPitch
+- offset(y * Shape::kStrideH, x * Shape::kStrideW)
++ offset(y * Shape::kStrideH, x)
 
 conv-padding: conv.cu, conv_plain
 - x.first) * Shape::kStrideW - (stack ? 0 : static_cast<int>(c.width.pad));
@@ -1693,8 +1694,20 @@ bottleneck-border: bottleneck.cu, bottleneck
 + affine(sum[2 * r + i], i);
 
 bottleneck-halo: bottleneck.cu, bottleneck
-- position / kKernelW * window_width + position % kKernelW
-+ position / kKernelW * window_width
+- exists ? Rows::offset(dy, dx)
++ exists ? Rows::offset(dy, 0)
+
+bottleneck-chunk: bottleneck.cu, bottleneck_chunks
+- k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
++ k % kRoom % Depth::kChunk;
+
+bottleneck-room-of-a-chunk: bottleneck.cu, bottleneck_chunks
+- kRoom = Depth::kChunkSteps * kStepPieces;
++ kRoom = Depth::kSteps * kStepPieces;
+
+bottleneck-steps: bottleneck.cu, bottleneck_chunks
+- kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
++ kSteps = (kPieces * kPositions + kStepPieces - 1) / kStepPieces;
 
 bottleneck-edge: bottleneck.cu, bottleneck
 - if (in_image < span.size) span.size = in_image;
@@ -1709,8 +1722,8 @@ bottleneck-norms: bottleneck.cu, bottleneck
 + middle, layout, m, n, sum, scale3, shift3,
 
 bottleneck-shortcuts-place: bottleneck.cu, bottleneck
-- (y.first - top) * kHaloW + x.first - left
-+ (y.first - top) * kHaloW
+- WindowRows::offset(y.first - top, x.first - left)
++ WindowRows::offset(y.first - top, 0)
 
 bottleneck-window: bottleneck.cu, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
