@@ -36,8 +36,9 @@ _MOST_WEIGHTS: dict[str, tuple[tuple[int, float], ...]] = {
 
 #: Products beyond which ``auto`` leaves the work to cuDNN or cuBLAS, which are closer to the peak of tensor cores where
 #: there is enough for all of them: with 4.1 thousand million (60 % sparse), the fused kernels took 1.05 to 1.4 of their
-#: time in the cases above of 128 channels and more; with 1.1 in bottlenecks of 96/24 channels, 0.70 to 0.85.
-_MOST_PRODUCTS = 2.5e9
+#: time in the cases above of 128 channels and more; with 1.1 in bottlenecks of 96/24 channels, 0.70 to 0.85. In IEEE
+#: float32, with 1.1, they took 1.05 to 1.13 in convolutions of 64 channels, and 1.17 in bottlenecks of 192/48.
+_MOST_PRODUCTS, _MOST_PLAIN_PRODUCTS = 2.5e9, 1e9
 
 #: From so many channels on, ``auto`` gathers pixels that are not whole pieces of 16 bytes, which the fused kernels read
 #: number by number.
@@ -93,11 +94,13 @@ def prefers_fused(dtype: np.dtype[Any], tf32: bool, sizes: Iterable[ConvSize], w
 
     `whole`: pixels are whole pieces of 16 bytes. `pixels`: those of the output in all blocks.
     """
-    limits = _MOST_WEIGHTS["tf32" if tf32 and dtype == np.float32 else dtype.name]
+    arithmetic = "tf32" if tf32 and dtype == np.float32 else dtype.name
+    limits = _MOST_WEIGHTS[arithmetic]
+    products = _MOST_PLAIN_PRODUCTS if arithmetic == "float32" else _MOST_PRODUCTS
     sizes = list(sizes)
     if not whole and sizes[0].channels >= _GATHERED_CHANNELS:
         return False
-    if pixels * sum(math.prod(size) for size in sizes) > _MOST_PRODUCTS:
+    if pixels * sum(math.prod(size) for size in sizes) > products:
         return False
     return all(
         size.channels * size.features <= [most for pixels, most in limits if pixels <= size.kernel_pixels][-1]

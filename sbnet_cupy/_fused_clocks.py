@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES
+from ._packing import PIECE_BYTES, STEP_PIECES
 from ._warps import WARPS, WarpLayout
 
 
@@ -17,8 +17,6 @@ class _Rates(NamedTuple):
     products: float
     #: Clocks of a step of a warp, whatever it holds: what is loaded is only then multiplied.
     step: int
-    #: More of them where registers hold the weights of one step ahead only.
-    wide_step: int
     #: Clocks in which a warp reads 16 rows, and the weights of 8 columns, of a step.
     rows: float
     weights: float
@@ -29,15 +27,16 @@ class _Rates(NamedTuple):
 # the plans that were measured for a problem, the one it picks takes 1.02 of the best one's time on average, and at the
 # 90th percentile 1.07 (convolutions) and 1.05 (bottlenecks).
 
-_TENSOR = _Rates(445, 120, 200, 2.4, 0)
-_PLAIN = _Rates(77, 1200, 0, 0, 50)
+_TENSOR = _Rates(465, 130, 1.6, 0)
+_PLAIN = _Rates(77, 1200, 0, 50)
 
-#: Columns of a warp from which on its weights are one step ahead only: DistantWeights of kernels/products.cuh.
-_WIDE = 7 * COLUMNS
+#: Clocks that a tile waits: for its place, for its window, at barriers; for each further chunk of its channels; between
+#: two products of a bottleneck; and for an exchange of sums, besides its traffic.
+WAITS, CHUNK, BETWEEN, _EXCHANGE = 2950, 1600, 800, 500
 
-#: Clocks that a tile waits, for its place, for its window, at barriers; for each further chunk of its channels; for an
-#: exchange of sums, besides its traffic; and between two products of a bottleneck.
-WAITS, CHUNK, EXCHANGE, BETWEEN = 2950, 1600, 900, 1000
+#: Groups of 8 columns beyond which a warp has registers for the weights of the next step only (DistantWeights of
+#: kernels/products.cuh), and clocks of a step by which they are late.
+_NEXT_STEP_ONLY, _LATE = 6, 150
 
 #: Bytes in a clock: of images that a multiprocessor brings or writes, and of sums that its warps exchange.
 IMAGES, _EXCHANGED = 25, 64
@@ -68,12 +67,13 @@ class Clocks:
         return rounds * (self.waits + resident * self.works) + last
 
 
-def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool) -> Clocks:
-    """Of a product of a CTA."""
+def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool, is_near: bool = False) -> Clocks:
+    """Of a product of a CTA, whose weights may be in shared memory."""
     rates = _TENSOR if tensor else _PLAIN
     own = steps / layout.depth
-    waits = own * (rates.step + (rates.wide_step if layout.n * COLUMNS >= _WIDE else 0))
     products = layout.rows * layout.columns * steps * STEP_PIECES * PIECE_BYTES // itemsize
     works = products / (rates.products * (4 // itemsize if tensor else 1))
     works += WARPS * own * (layout.m * rates.rows + layout.n * rates.weights)
+    is_late = tensor and not is_near and layout.n > _NEXT_STEP_ONLY
+    waits = own * (rates.step + (_LATE if is_late else 0)) + (_EXCHANGE if layout.depth > 1 else 0)
     return Clocks(waits, works + layout.exchanged_bytes / _EXCHANGED)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_clocks import BETWEEN, CHUNK, EXCHANGE, IMAGES, WAITS, Clocks, product_clocks
+from ._fused_clocks import BETWEEN, CHUNK, IMAGES, WAITS, Clocks, product_clocks
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing, packing_of
 from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
 
@@ -159,7 +159,7 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
     itemsize = PIECE_BYTES // packing.lanes
     results = plan.tile[0] * plan.tile[1] * layout.columns * itemsize
     images = (packing.chunks * plan.window_bytes + results) / IMAGES
-    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + (EXCHANGE if layout.depth > 1 else 0), images)
+    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK, images)
     tile += product_clocks(layout, packing.chunks * packing.steps, itemsize, problem.uses_tensor_cores)
     return tile.of(plan.grid[0] * plan.grid[1], plan.resident, limits.multiprocessors)
 
@@ -220,55 +220,55 @@ def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterat
     if problem.channels % COLUMNS or problem.inner % COLUMNS:
         return
     for tile, resident in itertools.product(tiles_of(problem.block), (1, 2)):
-        halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
-        tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
-        ctas = problem.rows * tiles[0] * tiles[1]
-        if resident > 1 and ctas <= limits.multiprocessors:
-            continue
-        layouts = tuple(
-            _best_layout(math.ceil(rows / ROWS), features // COLUMNS, steps, most, number == 2, number == 0, problem)
-            for number, (rows, features, steps, most) in enumerate(
-                zip(
-                    (halo, pixels, pixels),
-                    (problem.inner, problem.inner, problem.channels),
-                    bottleneck_steps(problem),
-                    (_FEW_SUMS if resident > 1 else MOST_SUMS,) * 2 + (_PASS_SUMS,),
-                )
-            )
-        )
-        if None in layouts:
-            continue
-        lanes = PIECE_BYTES // problem.itemsize
-        table = PIECE_BYTES * (1 + sum(bottleneck_steps(problem))) + 8 * problem.channels + 16 * problem.inner
-        whole = (tile[0] + problem.ksize[0] - 1, tile[1] + problem.ksize[1] - 1)
-        middle = window_bytes(problem.inner // lanes, whole, tile[1])
-        window = window_bytes(problem.channels // lanes, whole, whole[1])
-        first, second, third = layouts
-        exchanged = max(first.exchanged_bytes, second.exchanged_bytes, third.result_bytes)  # type: ignore[union-attr]
-        shared = table + middle + window + exchanged
-        room = limits.cta_shared if resident == 1 else limits.multiprocessor_shared // 2 - _RESERVED
-        near = 0
-        features = (problem.inner, problem.inner, problem.channels)
-        for number, (count, steps) in enumerate(zip(features, bottleneck_steps(problem))):
-            weights = weight_bytes(count // COLUMNS, steps)
-            shares = layouts[number].warps_m > 1  # type: ignore[union-attr]
-            if shares and weights <= _NEAR_BYTES and shared + weights <= room:
-                near |= 1 << number
-                shared += weights
-        if shared <= room and (resident == 1 or _keeps_few_registers(problem, near, second.depth)):  # type: ignore[union-attr]
-            shared = alone(shared, limits) if resident == 1 else shared
-            parts = window_parts(problem, halo) if near & 1 else 1
-            yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas, resident)  # type: ignore[arg-type]
+        for deep in (True, False):
+            plan = _bottleneck_plan(tile, resident, deep, problem, limits)
+            if plan is not None:
+                yield plan
 
 
-def _keeps_few_registers(problem: BottleneckProblem, near: int, depth: int) -> bool:
-    """Whether half of a thread's registers will do for a bottleneck, so that a multiprocessor may hold two CTAs.
+def _bottleneck_plan(
+    tile: Pair, resident: int, deep: bool, problem: BottleneckProblem, limits: DeviceLimits
+) -> BottleneckPlan | None:
+    """The plan with such tiles, of which a multiprocessor holds so many; None if they do not fit.
 
-    Distant weights take registers, and so do TF32's conversions.
+    `deep`: warps may share the depth of a product, which takes shared memory to exchange their sums.
     """
-    if not problem.uses_tensor_cores:
-        return True
-    return problem.itemsize == 2 and bool(near & 1) and (bool(near & 2) or depth == 1)
+    halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
+    tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+    ctas = problem.rows * tiles[0] * tiles[1]
+    if resident > 1 and ctas <= limits.multiprocessors:
+        return None
+    layouts = [
+        layout
+        for number, rows in enumerate((halo, pixels, pixels))
+        if (layout := _best_layout(number, math.ceil(rows / ROWS), resident, deep, problem)) is not None
+    ]
+    if len(layouts) < 3:
+        return None
+    first, second, third = layouts
+    lanes, steps = PIECE_BYTES // problem.itemsize, bottleneck_steps(problem)
+    table = PIECE_BYTES * (1 + sum(steps)) + 8 * problem.channels + 16 * problem.inner
+    whole = (tile[0] + problem.ksize[0] - 1, tile[1] + problem.ksize[1] - 1)
+    middle = window_bytes(problem.inner // lanes, whole, tile[1])
+    window = window_bytes(problem.channels // lanes, whole, whole[1])
+    shared = table + middle + window + max(first.exchanged_bytes, second.exchanged_bytes, third.result_bytes)
+    room = limits.cta_shared if resident == 1 else limits.multiprocessor_shared // 2 - _RESERVED
+    near = 0
+    for number, layout in enumerate(layouts):
+        weights = bottleneck_weight_bytes(number, problem)
+        if layout.warps_m > 1 and weights <= _NEAR_BYTES and shared + weights <= room:
+            near |= 1 << number
+            shared += weights
+    if shared > room or (resident > 1 and not _takes_half_the_registers(near, problem)):
+        return None
+    shared = alone(shared, limits) if resident == 1 else shared
+    parts = window_parts(problem, halo) if near & 1 else 1
+    return BottleneckPlan(tile, tiles, (first, second, third), near, parts, shared, ctas, resident)
+
+
+def _takes_half_the_registers(near: int, problem: BottleneckProblem) -> bool:
+    """Whether none spill next to another CTA: TF32 takes registers to convert, and weights from far to wait for."""
+    return not problem.uses_tensor_cores or (problem.itemsize == 2 and bool(near & 1))
 
 
 #: Bytes of a window from which it comes in parts, and parts at most.
@@ -309,34 +309,31 @@ def bottleneck_steps(problem: BottleneckProblem) -> tuple[int, int, int]:
     return first, second, third
 
 
-def weight_bytes(columns: int, steps: int) -> int:
-    """Packed weights of so many groups of 8 columns."""
-    return columns * steps * STEP_PIECES * PIECE_BYTES * COLUMNS
+def bottleneck_weight_bytes(number: int, problem: BottleneckProblem) -> int:
+    """Packed weights of product `number`."""
+    columns = (problem.inner, problem.inner, problem.channels)[number] // COLUMNS
+    return columns * bottleneck_steps(problem)[number] * STEP_PIECES * PIECE_BYTES * COLUMNS
 
 
 def _best_layout(
-    row_tiles: int,
-    column_tiles: int,
-    steps: int,
-    most: int,
-    is_last: bool,
-    activates: bool,
-    problem: BottleneckProblem,
+    number: int, row_tiles: int, resident: int, deep: bool, problem: BottleneckProblem
 ) -> WarpLayout | None:
-    """The layout with the fewest clocks for all columns: at once, or for the last product in passes."""
+    """The layout of product `number` with the fewest clocks for all columns: at once, or for the last one in passes."""
+    column_tiles = (problem.inner, problem.inner, problem.channels)[number] // COLUMNS
+    is_near = bottleneck_weight_bytes(number, problem) <= _NEAR_BYTES
+    most = _FEW_SUMS if resident > 1 else MOST_SUMS
+    # The last product has no depth to share. Next to another CTA, weights from far take too many registers in a share.
+    deep = deep and number < 2 and (resident == 1 or is_near or not problem.uses_tensor_cores)
 
     def clocks(layout: WarpLayout) -> float:
-        passes = column_tiles // (layout.n * layout.warps_n)
-        clocks = product_clocks(layout, steps, problem.itemsize, problem.uses_tensor_cores) * passes
-        if activates:
-            clocks += Clocks(0, activation_clocks(layout, steps, problem.itemsize))
-        if is_last:
-            clocks += Clocks(0, short_row_clocks(layout, row_tiles, column_tiles))
-        return clocks.alone
+        return bottleneck_product_clocks(number, layout, row_tiles, is_near, problem).alone
 
-    found = warp_layouts(row_tiles, column_tiles, problem.uses_tensor_cores, most)
     fitting = (
-        layout for layout in found if (layout.depth == 1 if is_last else layout.n * layout.warps_n == column_tiles)
+        layout
+        for layout in warp_layouts(
+            row_tiles, column_tiles, problem.uses_tensor_cores, min(most, _PASS_SUMS) if number == 2 else most
+        )
+        if (number == 2 or layout.n * layout.warps_n == column_tiles) and (deep or layout.depth == 1)
     )
     return min(fitting, key=clocks, default=None)
 
@@ -351,26 +348,36 @@ def activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
     return WARPS / 4 * words * _ACTIVATION[itemsize]
 
 
-def short_row_clocks(layout: WarpLayout, row_tiles: int, column_tiles: int) -> float:
-    """More clocks to write results in rows of a warp's columns, the shorter the more: about a sector for each row."""
-    return row_tiles * ROWS * column_tiles / layout.n * 32 / IMAGES
+def bottleneck_product_clocks(
+    number: int, layout: WarpLayout, row_tiles: int, is_near: bool, problem: BottleneckProblem
+) -> Clocks:
+    """Of product `number`: all of its passes, and what comes with it."""
+    tensor, itemsize, steps = problem.uses_tensor_cores, problem.itemsize, bottleneck_steps(problem)[number]
+    columns = (problem.inner, problem.inner, problem.channels)[number]
+    clocks = product_clocks(layout, steps, itemsize, tensor, is_near) * (columns // layout.columns)
+    if number == 0:
+        clocks += Clocks(0, activation_clocks(layout, steps, itemsize))
+    if number == 1 and tensor and not is_near:
+        clocks += Clocks(0, bottleneck_weight_bytes(number, problem) * (layout.warps_m - 1) / _COPIES)
+    if number == 2:  # rows of results are written in parts of a warp's columns: about a sector more for each
+        clocks += Clocks(0, row_tiles * ROWS * columns // (layout.n * COLUMNS) * 32 / IMAGES)
+    return clocks
 
 
-#: Clocks of a scatter, besides its traffic: fitted.
+#: Bytes in a clock of the second product's weights, for each further warp that reads the same from far, all at once.
+_COPIES = 120
+
+#: Clocks of a scatter, besides its traffic.
 _SCATTER = 4800
 
 
 def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: DeviceLimits) -> float:
     """The model of a bottleneck."""
-    tensor, itemsize, steps = problem.uses_tensor_cores, problem.itemsize, bottleneck_steps(problem)
-    pixels = plan.tile[0] * plan.tile[1]
-    images = (halo_pixels(plan.tile, problem.ksize) + 2 * pixels) * problem.channels * itemsize / IMAGES
-    tile = Clocks(WAITS + 2 * BETWEEN, images)
-    for layout, count, columns in zip(plan.layouts, steps, (problem.inner, problem.inner, problem.channels)):
-        tile += product_clocks(layout, count, itemsize, tensor) * (columns // layout.columns)
-    first, _, third = plan.layouts
-    tile += Clocks(0, activation_clocks(first, steps[0], itemsize))
-    tile += Clocks(0, short_row_clocks(third, math.ceil(pixels / ROWS), problem.channels // COLUMNS))
+    halo, pixels = halo_pixels(plan.tile, problem.ksize), plan.tile[0] * plan.tile[1]
+    tile = Clocks(WAITS + 2 * BETWEEN, (halo + 2 * pixels) * problem.channels * problem.itemsize / IMAGES)
+    for number, (layout, rows) in enumerate(zip(plan.layouts, (halo, pixels, pixels))):
+        is_near = bool(plan.near >> number & 1)
+        tile += bottleneck_product_clocks(number, layout, math.ceil(rows / ROWS), is_near, problem)
     clocks = tile.of(plan.ctas, plan.resident, limits.multiprocessors)
     scatters = problem.in_place and plan.ctas > plan.resident * limits.multiprocessors
     return clocks + (_SCATTER if scatters else 0)
