@@ -16,7 +16,7 @@ from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
 Pair = tuple[int, int]
 
 #: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each. Fewer where windows come in chunks, and next to
-#: another CTA, which has half of the registers: more would spill.
+#: another CTA, which has half of the registers: more would spill, or spill more than was measured to be worth it.
 MOST_SUMS, _CHUNK_SUMS, _FEW_SUMS = 16, 12, 9
 
 
@@ -137,8 +137,9 @@ def conv_residents(
 ) -> Iterator[tuple[int, int]]:
     """How many CTAs a multiprocessor may hold at a time, and the shared memory that each asks for then."""
     yield 1, alone(shared, limits)
-    spills = problem.uses_tensor_cores and problem.packing.chunks > 1 and layout.depth > 1
-    if ctas > limits.multiprocessors and fits_twice(shared, limits) and layout.m * layout.n <= _FEW_SUMS and not spills:
+    chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
+    spills = layout.m * layout.n > _FEW_SUMS or (problem.uses_tensor_cores and chunks_and_more)
+    if ctas > limits.multiprocessors and fits_twice(shared, limits) and not spills:
         yield 2, shared
 
 

@@ -412,7 +412,7 @@ BOTTLENECKS = [
     bottleneck("parts-plain", "tf32", (9, 12), 32, 8, (4, 5), plan="parts", activates=False),
     bottleneck("passes", "bfloat16", (9, 12), 32, 16, (4, 5), plan="passes"),
     bottleneck("direct-tiles", "tf32", (9, 12), 24, 8, (5, 11), plan="tiles"),
-    bottleneck("chunks-of-the-middle", "tf32", (7, 8), 16, 128, (4, 4), batch=1, density=0.1),
+    bottleneck("chunks-of-the-middle", "tf32", (4, 4), 8, 128, (4, 4), batch=1, density=1.0),
     bottleneck("chunks-of-the-channels", "float32", (6, 7), 264, 16, (4, 3), batch=1, density=0.1),
     bottleneck("chunks-of-halves", "float16", (6, 7), 544, 16, (4, 3), batch=1, density=0.1),
     bottleneck("stack", "tf32", (20, 23), 16, 8, (8, 8), target="place", density=0.05),
