@@ -118,9 +118,18 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
 _RESERVED = 1024
 
 
-def fits_twice(shared: int, limits: DeviceLimits) -> bool:
-    """Whether a multiprocessor has shared memory for two CTAs."""
-    return 2 * (shared + _RESERVED) <= limits.multiprocessor_shared
+#: The compute capability for which two CTAs on a multiprocessor were measured. For others, some of these kernels spill.
+_SHARING = 90
+
+
+def may_share(ctas: int, limits: DeviceLimits) -> bool:
+    """Whether two of so many CTAs may be on a multiprocessor at a time, if it has room for them."""
+    return limits.capability == _SHARING and ctas > limits.multiprocessors
+
+
+def room_beside(limits: DeviceLimits) -> int:
+    """Shared memory that a CTA may have next to another one."""
+    return limits.multiprocessor_shared // 2 - _RESERVED
 
 
 def alone(shared: int, limits: DeviceLimits) -> int:
@@ -129,7 +138,7 @@ def alone(shared: int, limits: DeviceLimits) -> int:
     With room for two, CTAs that do not wait for the end of those before them come in pairs while other multiprocessors
     have none: on an H200, 126 CTAs took 5.2 us then, and 4.4 alone.
     """
-    return max(shared, min(limits.multiprocessor_shared // 2 - _RESERVED + PIECE_BYTES, limits.cta_shared))
+    return max(shared, min(room_beside(limits) + PIECE_BYTES, limits.cta_shared))
 
 
 def conv_residents(
@@ -139,7 +148,7 @@ def conv_residents(
     yield 1, alone(shared, limits)
     chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
     spills = layout.m * layout.n > _FEW_SUMS or (problem.uses_tensor_cores and chunks_and_more)
-    if ctas > limits.multiprocessors and fits_twice(shared, limits) and not spills:
+    if may_share(ctas, limits) and shared <= room_beside(limits) and not spills:
         yield 2, shared
 
 
@@ -237,7 +246,7 @@ def _bottleneck_plan(
     halo, pixels = halo_pixels(tile, problem.ksize), tile[0] * tile[1]
     tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
     ctas = problem.rows * tiles[0] * tiles[1]
-    if resident > 1 and ctas <= limits.multiprocessors:
+    if resident > 1 and not may_share(ctas, limits):
         return None
     layouts = [
         layout
@@ -253,7 +262,7 @@ def _bottleneck_plan(
     middle = window_bytes(problem.inner // lanes, whole, tile[1])
     window = window_bytes(problem.channels // lanes, whole, whole[1])
     shared = table + middle + window + max(first.exchanged_bytes, second.exchanged_bytes, third.result_bytes)
-    room = limits.cta_shared if resident == 1 else limits.multiprocessor_shared // 2 - _RESERVED
+    room = limits.cta_shared if resident == 1 else room_beside(limits)
     near = 0
     for number, layout in enumerate(layouts):
         weights = bottleneck_weight_bytes(number, problem)
