@@ -52,30 +52,6 @@ __device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, i
     return span;
 }
 
-// A product's depth in the order of its packed weights (see _packing.py): chunk after chunk of kChunk pieces of a pixel,
-// and in it the pieces of each pixel under the kernel. Chunks are filled up to whole steps, the last one to kChunk.
-template <int kPieces_, int kChunk_, int kKernelH = 1, int kKernelW_ = 1>
-struct Depth {
-    static constexpr int kPieces = kPieces_, kChunk = kChunk_, kKernelW = kKernelW_;
-    static constexpr int kPositions = kKernelH * kKernelW;
-    static constexpr int kChunkSteps = (kPositions * kChunk + kStepPieces - 1) / kStepPieces;
-    static constexpr int kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
-};
-
-// Where the pieces of a row of such an implicit matrix lie.
-template <typename Rows, typename Depth>
-__device__ inline void list_pieces(int* offsets) {
-    constexpr int kRoom = Depth::kChunkSteps * kStepPieces;
-#pragma unroll 1
-    for (int k = threadIdx.x; k < Depth::kSteps * kStepPieces; k += kProductThreads) {
-        const int position = k % kRoom / Depth::kChunk;
-        const int piece = k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
-        const int dy = position / Depth::kKernelW, dx = position % Depth::kKernelW;
-        const bool exists = position < Depth::kPositions && piece < Depth::kPieces;
-        offsets[k] = exists ? Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
-    }
-}
-
 // Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
 __device__ inline void leave(const Bottleneck& b, int64 tiles) {
     if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
@@ -164,7 +140,6 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     using T = typename Products::Number;
     constexpr int kLanes = kPiece<T>;
     constexpr int kHaloH = kTileH + kKernelH - 1, kHaloW = kTileW + kKernelW - 1;
-    constexpr int kHalo = kHaloH * kHaloW, kPixels = kTileH * kTileW;
     constexpr int kPiecesC = kC / kLanes, kPiecesB = kB / kLanes;
     using WindowRows = PixelRows<kPiecesC, kHaloH, kHaloW>;          // read by pixels of the halo
     using HaloRows = PixelRows<kPiecesB, kHaloH, kHaloW, kTileW>;    // by those of the tile, under the kernel
@@ -176,9 +151,9 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     constexpr int kSteps1 = Depth1::kSteps, kSteps2 = Depth2::kSteps, kSteps3 = Depth3::kSteps;
     static_assert(kParts == 1 || (kSteps1 % kParts == 0 && kSteps1 * kStepPieces == kPiecesC), "parts are whole steps");
     static_assert(kC % kColumns == 0 && kB % kColumns == 0, "channels fill pieces and columns");
-    static_assert(Layout1::kAllRows >= kHalo && Layout1::kAllColumns == kB, "the first product is whole");
-    static_assert(Layout2::kAllRows >= kPixels && Layout2::kAllColumns == kB, "the second product is whole");
-    static_assert(Layout3::kAllRows >= kPixels && kC % Layout3::kAllColumns == 0, "the third product is whole");
+    static_assert(Layout1::kAllRows >= WindowRows::kPixels && Layout1::kAllColumns == kB, "the first product is whole");
+    static_assert(Layout2::kAllRows >= TileRows::kPixels && Layout2::kAllColumns == kB, "the second product is whole");
+    static_assert(Layout3::kAllRows >= TileRows::kPixels && kC % Layout3::kAllColumns == 0, "the third product is whole");
     static_assert(Layout3::kDepth == 1, "the third product is not deep");
 
     // The tile between the last two products takes the place of what the second has read.
@@ -262,8 +237,8 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
                 __syncthreads();
                 if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == 0) arrive(b.meeting);
                 product(
-                    sums, window_pixels, [](int m) { return WindowRows::offset(m < kHalo ? m : 0); }, offsets1, zeros,
-                    weights1, activated);
+                    sums, window_pixels, [](int m) { return WindowRows::offset(m < WindowRows::kPixels ? m : 0); },
+                    offsets1, zeros, weights1, activated);
             }
             layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, HaloRows>(
@@ -279,8 +254,8 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
             Sums<Layout2::kM, Layout2::kN> sums;
             product(
                 sums, middle,
-                [](int m) { return m < kPixels ? HaloRows::offset(m / kTileW, m % kTileW) : 0; }, offsets2, zeros,
-                weights2);
+                [](int m) { return m < TileRows::kPixels ? HaloRows::offset(m / kTileW, m % kTileW) : 0; }, offsets2,
+                zeros, weights2);
             if (Layout2::kDepth == 1) __syncthreads();  // else there is a barrier before sums are finished
             layout.finish(exchanged, sums, [&](int m, int n, const float(&sum)[4]) {
                 activate_sums<Products, TileRows>(middle, layout, m, n, sum, scale3, shift3, [](int) { return true; });
@@ -306,7 +281,8 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
         for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
             Sums<Layout3::kM, Layout3::kN> sums;
             product(
-                sums, middle, [](int m) { return TileRows::offset(m < kPixels ? m : 0); }, offsets3, zeros, weights3);
+                sums, middle, [](int m) { return TileRows::offset(m < TileRows::kPixels ? m : 0); }, offsets3, zeros,
+                weights3);
             if constexpr (kC > Layout3::kAllColumns) {
                 const int following = (pass + Layout3::kAllColumns) % kC / kColumns * weights3.kStride;
                 weights3 = Weights3((kNear3 ? near3 : b.weights[2]) + following);

@@ -46,7 +46,8 @@ struct ConvShape {
     static constexpr int kTileH = kTileH_, kTileW = kTileW_, kKernelH = kKernelH_, kKernelW = kKernelW_;
     static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_, kChunk = kChunk_;
     static constexpr int kWindowH = (kTileH - 1) * kStrideH + kKernelH, kWindowW = (kTileW - 1) * kStrideW + kKernelW;
-    static constexpr int kSteps = (kKernelH * kKernelW * kChunk + kStepPieces - 1) / kStepPieces;
+    using ChunkDepth = Depth<kChunk, kChunk, kKernelH, kKernelW>;
+    static constexpr int kSteps = ChunkDepth::kSteps;
     using Rows = PixelRows<kChunk, kWindowH, kWindowW, kTileW, kStrideH, kStrideW>;
 };
 
@@ -71,6 +72,11 @@ struct ConvTile {
           row(at.row),
           y(begin(c.height, exists ? at.block_h : 0), c.height.size, at.down, Shape::kTileH),
           x(begin(c.width, exists ? at.block_w : 0), c.width.size, at.right, Shape::kTileW) {}
+
+    // Whether it has something to write: pixels of the image, or of a stack, which has room for the others too.
+    __device__ bool counts(const Conv& c) const {
+        return exists && (c.target_is_stack != 0 || (y.meets(c.height.extent) && x.meets(c.width.extent)));
+    }
 
     template <typename Shape>
     __device__ Window source(const Conv& c, Shape) const {
@@ -109,39 +115,33 @@ struct ConvTile {
     }
 };
 
-// Where the pieces of a pixel's channels lie in the window, kernel position by kernel position: the rows of an implicit
-// matrix. What is left of the last step is no piece.
-template <typename Shape>
-__device__ inline void list_offsets(int* offsets) {
-    for (int k = threadIdx.x; k < Shape::kSteps * kStepPieces; k += kProductThreads) {
-        const int position = k / Shape::kChunk, piece = k % Shape::kChunk;
-        const int dy = position / Shape::kKernelW, dx = position % Shape::kKernelW;
-        offsets[k] = dy < Shape::kKernelH ? Shape::Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
-    }
+// What is added to two neighbouring features of two pixels, if anything is.
+template <typename T, bool kAdds>
+struct Residual {
+    Vec<T, 2> of_pixel[2];
+};
+template <typename T>
+struct Residual<T, false> {};
+
+// Reads two neighbouring features of a pixel.
+template <typename T, typename Form>
+__device__ inline Vec<T, 2> get_pair(const T* from, bool has_second, int stride) {
+    if constexpr (Form::kPaired) return load<Vec<T, 2>>(from, 0);
+    Vec<T, 2> pair{};
+    pair.lane[0] = from[0];
+    if (has_second) pair.lane[1] = from[stride];
+    return pair;
 }
 
-// Writes two neighbouring features of a pixel, from `feature` on.
+// Writes two neighbouring features of a pixel.
 template <typename T, typename Form>
-__device__ inline void put_pair(T* to, const T* with, float (&number)[2], bool inside, bool has_second, int to_stride,
-                                int with_stride) {
-    if constexpr (Form::kAdds) {
-        Vec<T, 2> more{};
-        if constexpr (Form::kPaired) {
-            more = load<Vec<T, 2>>(with, 0);
-        } else {
-            more.lane[0] = with[0];
-            if (has_second) more.lane[1] = with[with_stride];
-        }
-        number[0] += Addition<T>::begin(more.lane[0]);
-        number[1] += Addition<T>::begin(more.lane[1]);
-    }
-    if (!inside) number[0] = number[1] = 0.0f;
+__device__ inline void put_pair(T* to, const float (&number)[2], bool has_second, int stride) {
     const auto result = rounded<T, false>(number);
     if constexpr (Form::kPaired) {
         store(to, 0, result);
     } else {
         to[0] = result.lane[0];
-        if (has_second) to[to_stride] = result.lane[1];
+        if (has_second) to[stride] = result.lane[1];
     }
 }
 
@@ -152,7 +152,6 @@ template <typename Products, typename Layout, typename Shape, typename Form, int
 __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
     using T = typename Products::Number;
     using Staged = SharedWindow<T, Shape::kChunk, typename Shape::Rows>;
-    constexpr int kWindowBytes = Shape::Rows::kBytes;
     constexpr int kTilePixels = Shape::kTileH * Shape::kTileW;
     static_assert(Layout::kAllRows >= kTilePixels, "a tile has rows for all its pixels");
     extern __shared__ StepWords conv_shared[];
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
 
     if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_offsets<Shape>(offsets);
+    list_pieces<typename Shape::Rows, typename Shape::ChunkDepth>(offsets);
     wait_for_earlier_kernels();
 
     const int64 active = *c.bin_counts;
@@ -197,10 +196,10 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
             distant = Weights(weights, column_stride, begin, end);
         }
         const ConvTile tile(c, at, Shape());
-        if (!tile.exists) continue;
+        if (!tile.counts(c)) continue;
         const Window window = tile.source(c, Shape());
         const auto start = [&](int k) {
-            const Staged staged{windows + (Form::kChunks ? k % 2 * kWindowBytes : 0)};
+            const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
             staged.template start<Form::kWhole, false>(window, static_cast<const T*>(c.source),
                                                        k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
             commit_async();
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
             } else {
                 wait_async_groups<0>();
             }
-            const Staged staged{windows + (Form::kChunks ? k % 2 * kWindowBytes : 0)};
+            const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
             if constexpr (Form::kActivates) {
                 const ChannelAffine<kPiece<T>> affine(source_scale, source_shift, c.source_relu != 0,
                                                       (k * Shape::kChunk + Staged::piece()) * kPiece<T>);
@@ -242,21 +241,40 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         const Window residual = tile.target(c, c.residual_strides, false);
         T* const to = static_cast<T*>(c.target) + target.origin;
         const T* const with = static_cast<const T*>(c.residual) + residual.origin;
-        layout.finish(windows, sums, [&](int m, int n, const float(&sum)[4]) {
+        const auto bring = [&](int m, int n) {
+            Residual<T, Form::kAdds> pairs{};
+            if constexpr (Form::kAdds) {
+                const int feature = first_feature + layout.column_of(n);
+                const int place = Form::kPaired ? feature : feature * residual.channel_stride;
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
+                    if (feature >= features || !residual.contains(y, x)) continue;
+                    pairs.of_pixel[r] = get_pair<T, Form>(with + (residual.offset(y, x) + place), feature + 1 < features,
+                                                          residual.channel_stride);
+                }
+            }
+            return pairs;
+        };
+        layout.finish(windows, sums, bring, [&](int m, int n, const float(&sum)[4], const auto& brought) {
             const int column = layout.column_of(n), feature = first_feature + column;
             if (feature >= features) return;
             const ChannelAffine<2> affine(target_scale, target_shift, c.target_relu != 0, column);
-            const int to_feature = Form::kPaired ? feature : feature * target.channel_stride;
-            const int with_feature = Form::kPaired ? feature : feature * residual.channel_stride;
+            const int place = Form::kPaired ? feature : feature * target.channel_stride;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
                 const bool inside = target.contains(y, x);
                 if (y >= tile.y.size || x >= tile.x.size || (!inside && !stack)) continue;
-                float number[2] = {affine(sum[2 * r], 0), affine(sum[2 * r + 1], 1)};
-                put_pair<T, Form>(to + (target.offset(y, x) + to_feature), with + (residual.offset(y, x) + with_feature),
-                                  number, inside, feature + 1 < features, target.channel_stride,
-                                  residual.channel_stride);
+                float number[2] = {0.0f, 0.0f};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (!inside) continue;
+                    number[i] = affine(sum[2 * r + i], i);
+                    if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought.of_pixel[r].lane[i]);
+                }
+                put_pair<T, Form>(to + (target.offset(y, x) + place), number, feature + 1 < features,
+                                  target.channel_stride);
             }
         });
         __syncthreads();

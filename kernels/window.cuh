@@ -59,6 +59,9 @@ struct Span {
         const int left = static_cast<int>(block_size) - within;
         size = left < tile_size ? left : tile_size;
     }
+
+    // Whether some of it lies in [0, extent).
+    __device__ bool meets(int64 extent) const { return first < extent && first + size > 0; }
 };
 
 // Which part [begin, end) of `size` pixels from pixel `first` on lies in [0, extent).
@@ -192,6 +195,30 @@ struct PixelRows {
     }
 };
 
+// A product's depth in the order of its packed weights (see _packing.py): chunk after chunk of kChunk pieces of a pixel,
+// and in it the pieces of each pixel under the kernel. Chunks are filled up to whole steps, the last one to kChunk.
+template <int kPieces_, int kChunk_, int kKernelH = 1, int kKernelW_ = 1>
+struct Depth {
+    static constexpr int kPieces = kPieces_, kChunk = kChunk_, kKernelW = kKernelW_;
+    static constexpr int kPositions = kKernelH * kKernelW;
+    static constexpr int kChunkSteps = (kPositions * kChunk + kStepPieces - 1) / kStepPieces;
+    static constexpr int kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
+};
+
+// Where the pieces of a row of such an implicit matrix lie.
+template <typename Rows, typename Depth>
+__device__ inline void list_pieces(int* offsets) {
+    constexpr int kRoom = Depth::kChunkSteps * kStepPieces;
+#pragma unroll 1
+    for (int k = threadIdx.x; k < Depth::kSteps * kStepPieces; k += kProductThreads) {
+        const int position = k % kRoom / Depth::kChunk;
+        const int piece = k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
+        const int dy = position / Depth::kKernelW, dx = position % Depth::kKernelW;
+        const bool exists = position < Depth::kPositions && piece < Depth::kPieces;
+        offsets[k] = exists ? Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
+    }
+}
+
 // kPieces pieces of each pixel in shared memory. A thread takes one piece of every kStep-th pixel, so that it keeps what
 // belongs to its channels in registers; neighbouring threads take neighbouring pieces.
 template <typename T, int kPieces, typename Rows>
@@ -297,22 +324,29 @@ struct Warps {
     __device__ int begin(int steps) const { return steps * depth / kDepth; }
     __device__ int end(int steps) const { return steps * (depth + 1) / kDepth; }
 
-    // Calls `finish(m, n, sum)` for every tile of 16 x 8 sums: by the only warp that has it, or, after the parts of all
-    // depths are added, by the warp of depth (m * kN + n) % kDepth. Parts are added in order, so that every run gives
-    // the same bits. All threads call it; nobody may be reading `shared`.
-    template <typename Finish>
-    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Finish finish) const {
+    // Calls `finish(m, n, sum, brought)` for every tile of 16 x 8 sums: by the only warp that has it, or, after the parts
+    // of all depths are added, by the warp of depth (m * kN + n) % kDepth. Parts are added in order, so that every run
+    // gives the same bits. What `bring(m, n)` returns is brought from memory ahead: for a row of tiles, or for the next
+    // one while the parts of another are added. All threads call it; nobody may be reading `shared`.
+    template <typename Bring, typename Finish>
+    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Bring bring, Finish finish) const {
+        using Brought = decltype(bring(0, 0));
         if constexpr (kDepth == 1) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
+                Brought brought[kN];
 #pragma unroll
-                for (int n = 0; n < kN; ++n) finish(m, n, sums.at[m][n]);
+                for (int n = 0; n < kN; ++n) brought[n] = bring(m, n);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) finish(m, n, sums.at[m][n], brought[n]);
             }
         } else {
             using Part = Vec<float, 4>;
             const int lane = threadIdx.x % kWarp;
             Part* parts = reinterpret_cast<Part*>(shared) + wide * kTiles * kWarp + lane;
             constexpr int kStride = kWide * kTiles * kWarp;  // from depth to depth
+            Brought next{};
+            if (depth < kTiles) next = bring(depth / kN, depth % kN);
 #pragma unroll
             for (int k = 0; k < kTiles; ++k) {
                 const float(&sum)[4] = sums.at[k / kN][k % kN];
@@ -320,6 +354,8 @@ struct Warps {
             }
             __syncthreads();
             for (int k = depth; k < kTiles; k += kDepth) {
+                const Brought brought = next;
+                if (k + kDepth < kTiles) next = bring((k + kDepth) / kN, (k + kDepth) % kN);
                 Part part[kDepth];
 #pragma unroll
                 for (int d = 0; d < kDepth; ++d) part[d] = parts[d * kStride + k * kWarp];
@@ -329,9 +365,18 @@ struct Warps {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) sum[i] += part[d].lane[i];
                 }
-                finish(k / kN, k % kN, sum);
+                finish(k / kN, k % kN, sum, brought);
             }
         }
+    }
+
+    // The same, with nothing to bring: calls `finish(m, n, sum)`.
+    template <typename Finish>
+    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Finish finish) const {
+        struct Nothing {};
+        this->finish(
+            shared, sums, [](int, int) { return Nothing(); },
+            [&](int m, int n, const float(&sum)[4], Nothing) { finish(m, n, sum); });
     }
 
     // Row of sums 2 * r and 2 * r + 1 of tile (m, n), and the first one's column.

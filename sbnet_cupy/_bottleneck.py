@@ -142,7 +142,8 @@ def sparse_res_block_bottleneck(
     Fused, a bottleneck of 1x1, any and 1x1 kernels, without strides and projection, is one launch that needs no more
     memory. In place, its CTAs wait for each other before they write, so all of them have to run at the same time
     (a cooperative launch); if they do not fit on the device, the tiles go to a stack and are scattered in a second
-    launch. Other bottlenecks take a launch for each convolution, and a stack of blocks for each of the first two.
+    launch. Other bottlenecks, and those for which it is estimated to be faster (most of them in IEEE float32), take a
+    launch for each convolution, and a stack of blocks for each of the first two.
     Weights that are not packed are packed in every call: three launches and six small copies. Composed, it takes what
     :func:`sparse_conv2d` does for each of the three convolutions. A projection is computed on the whole image, as
     :func:`conv2d` does it.

@@ -143,7 +143,7 @@ def sparse_conv2d(
     engine : 'auto', 'fused' or 'composed'
         For CuPy arrays: ``'fused'`` is one kernel from image to image, for float16, bfloat16 and float32;
         ``'composed'`` gathers the blocks, multiplies them with cuBLAS or cuDNN, and scatters the results; ``'auto'``
-        takes the one that was measured to be faster. NumPy arrays are always composed.
+        takes the one that is estimated to be faster, by what was measured on an H200. NumPy arrays are always composed.
 
     Returns
     -------

@@ -1,44 +1,24 @@
-"""Which engine works on active blocks: decided from the form of a call alone.
+"""What the engines can do with active blocks: decided from the form of a call alone.
 
 ``fused``: one kernel reads windows of the image, multiplies and writes the image. ``composed``: blocks are gathered,
-multiplied by cuBLAS or cuDNN (by NumPy, for its arrays), and scattered.
+multiplied by cuBLAS or cuDNN (by NumPy, for its arrays), and scattered. ``auto``: the one that the models of
+_fused_clocks.py and _composed_clocks.py take for faster.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from ._composed_clocks import ConvSize
 from ._conv_geometry import BlockParams, Layer, Pair
 from ._packing import COLUMNS
 from ._validate import Spec
 
 ENGINES = ("auto", "fused", "composed")
-
-#: Up to how many channels times features ``auto`` takes the fused kernels, by the arithmetic: pairs of a number of
-#: kernel pixels, from which on the second number holds. On an H200, with cuDNN for the composed engine, 90 % sparse,
-#: the fused kernels took this part of its time: 3x3 convolutions of 64, 128, 256 and 512 channels 0.59, 0.69, 0.94 and
-#: 0.71 in float16, of 128, 256 and 512 channels 0.89, 1.75 and 1.17 in TF32; of 64, 96, 128 and 512 channels 0.41,
-#: 0.68, 1.6 and 1.4 in float32, whose plain arithmetic shares too little of what it reads; bottlenecks of 96/24,
-#: 384/96, 512/128, 1024/256 and 2048/512 channels 0.33, 0.41, 0.69, 1.11 and 1.06 in float16, and of 96/24, 384/96 and
-#: 2048/512 channels 0.40, 0.58 and 1.33 in TF32; of 96/24, 192/48, 256/64 and 384/96 channels 0.75, 0.86, 1.4 and 2.9
-#: in float32.
-_MOST_WEIGHTS: dict[str, tuple[tuple[int, float], ...]] = {
-    "float16": ((1, 512 * 128), (9, math.inf)),
-    "bfloat16": ((1, 512 * 128), (9, math.inf)),
-    "tf32": ((1, 384 * 96), (9, 128 * 128)),
-    "float32": ((1, 192 * 48), (9, 96 * 96)),
-}
-
-#: Products beyond which ``auto`` leaves the work to cuDNN or cuBLAS, which are closer to the peak of tensor cores where
-#: there is enough for all of them: with 4.1 thousand million (60 % sparse), the fused kernels took 1.05 to 1.4 of their
-#: time in the cases above of 128 channels and more; with 1.1 in bottlenecks of 96/24 channels, 0.70 to 0.85. In IEEE
-#: float32, with 1.1, they took 1.05 to 1.13 in convolutions of 64 channels, and 1.17 in bottlenecks of 192/48.
-_MOST_PRODUCTS, _MOST_PLAIN_PRODUCTS = 2.5e9, 1e9
 
 #: From so many channels on, ``auto`` gathers pixels that are not whole pieces of 16 bytes, which the fused kernels read
 #: number by number.
@@ -49,19 +29,6 @@ _MOST_TILE, _MOST_CHUNK = 256, 128
 
 #: Bounds of what the kernels count in 32 bits: coordinates of pixels, offsets within a window, tiles, channels.
 _COORDINATES, _OFFSETS, _TILES, _CHANNELS = 2**30, 2**31, 2**31, 2**18
-
-
-class ConvSize(NamedTuple):
-    """How much a convolution multiplies for an output pixel."""
-
-    kernel_pixels: int
-    channels: int
-    features: int
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...]) -> ConvSize:
-        """That of weights of a shape ``(kh, kw, C, K)``."""
-        return cls(shape[0] * shape[1], shape[2], shape[3])
 
 
 class Route(Enum):
@@ -82,30 +49,19 @@ def parse_engine(engine: Any) -> str:
     return engine
 
 
-def takes_fused(engine: str, obstacle: str, preferred: bool) -> bool:
-    """Whether the fused kernels do it. `obstacle` says for what they cannot; empty where they can."""
+def may_fuse(engine: str, obstacle: str) -> bool:
+    """Whether the fused kernels may do it. `obstacle` says for what they cannot; empty where they can."""
     if engine == "fused" and obstacle:
         raise ValueError(f"engine: expected 'auto' or 'composed' for {obstacle}, got 'fused'")
-    return not obstacle and (engine == "fused" or (engine == "auto" and preferred))
+    return not obstacle and engine != "composed"
 
 
-def prefers_fused(dtype: np.dtype[Any], tf32: bool, sizes: Iterable[ConvSize], whole: bool, pixels: int) -> bool:
-    """Whether ``auto`` takes the fused kernels, by what was measured.
+def prefers_gathering(channels: int, whole: bool) -> bool:
+    """Whether ``auto`` gathers images, however fast the fused kernels are otherwise.
 
-    `whole`: pixels are whole pieces of 16 bytes. `pixels`: those of the output in all blocks.
+    `whole`: pixels are whole pieces of 16 bytes.
     """
-    arithmetic = "tf32" if tf32 and dtype == np.float32 else dtype.name
-    limits = _MOST_WEIGHTS[arithmetic]
-    products = _MOST_PLAIN_PRODUCTS if arithmetic == "float32" else _MOST_PRODUCTS
-    sizes = list(sizes)
-    if not whole and sizes[0].channels >= _GATHERED_CHANNELS:
-        return False
-    if pixels * sum(math.prod(size) for size in sizes) > products:
-        return False
-    return all(
-        size.channels * size.features <= [most for pixels, most in limits if pixels <= size.kernel_pixels][-1]
-        for size in sizes
-    )
+    return not whole and channels >= _GATHERED_CHANNELS
 
 
 def kind_obstacle(device: int, dtype: np.dtype[Any]) -> str:
@@ -150,9 +106,9 @@ def _reach(spec: Spec, span: Pair) -> int:
 def bottleneck_routes(
     shapes: tuple[tuple[int, ...], ...], strides: Pair, projects: bool, in_place: bool
 ) -> tuple[Route, ...]:
-    """Ways to run a bottleneck with convolutions of these shapes, the best first, as far as its form decides it."""
+    """Ways to run a bottleneck with convolutions of these shapes, the most general first."""
     first, second, third = shapes
     pointwise = first[:2] == third[:2] == (1, 1)
     if not pointwise or strides != (1, 1) or projects or second[2] != second[3]:
         return (Route.LAYERS,)
-    return (Route.DIRECT, Route.STACK, Route.LAYERS) if in_place else (Route.DIRECT, Route.LAYERS)
+    return (Route.LAYERS, Route.STACK, Route.DIRECT) if in_place else (Route.LAYERS, Route.DIRECT)

@@ -12,16 +12,10 @@ import numpy as np
 
 from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
+from ._fused_bottleneck_plan import BottleneckPlan, BottleneckProblem, bottleneck_clocks, plan_bottleneck
+from ._fused_conv_plan import ConvPlan, ConvProblem, conv_clocks, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
-from ._fused_plan import (
-    BottleneckPlan,
-    BottleneckProblem,
-    ConvPlan,
-    ConvProblem,
-    bottleneck_packings,
-    plan_bottleneck,
-    plan_conv,
-)
+from ._fused_plan import DeviceLimits
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
 from ._launch import Dim3, Template
 from ._packing import PackedWeights, Packing, is_whole
@@ -76,6 +70,13 @@ class Ready(NamedTuple):
     """A call that can be run; without a launch if it has nothing to write."""
 
     launch: Launch | None
+    #: How long it takes, by the model.
+    clocks: float = 0
+
+
+def device_limits(device: int) -> DeviceLimits:
+    """What plans have to know of a device."""
+    return _jit.device_limits(device)
 
 
 def convolve(
@@ -104,24 +105,32 @@ def convolve(
         )
 
 
-def prepare_conv(call: ConvCall) -> Ready | None:
-    """What :func:`convolve` runs, or None if no plan fits."""
+def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
+    """What :func:`convolve` runs, or None if no plan fits, or it takes longer."""
     dtype = call.source.spec.dtype
     if 0 in (*call.target.spec.shape, call.packing.columns, call.rows):
         return Ready(None)
     limits = _jit.device_limits(call.device)
     tensor = limits.has_tensor_cores and (call.tf32 or dtype.itemsize == 2)
     problem = ConvProblem(
-        call.packing, call.layer.ksize, call.layer.strides, call.grid.bsize, call.rows, tensor, call.activates
+        packing=call.packing,
+        ksize=call.layer.ksize,
+        strides=call.layer.strides,
+        block=call.grid.bsize,
+        rows=call.rows,
+        uses_tensor_cores=tensor,
+        activates=call.activates,
+        adds=call.residual is not None,
+        image=None if call.target.is_stack else call.layer.out_size,
     )
     plan = plan_conv(problem, limits)
-    if plan is None:
+    if plan is None or (clocks := conv_clocks(plan, problem, limits)) > most_clocks:
         return None
     rounds = tensor and dtype.itemsize == 4 and not call.activates
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
     products, layout = products_of(dtype, tensor, rounds), plan.layout.expression
     instance = conv_instance(products, layout, shape, _conv_form(call), plan.resident)
-    return Ready(Launch(instance, plan.grid, plan.shared, _conv_argument(call, plan)))
+    return Ready(Launch(instance, plan.grid, plan.shared, _conv_argument(call, plan)), clocks)
 
 
 def _conv_form(call: ConvCall) -> tuple[bool, ...]:
@@ -204,8 +213,11 @@ def bottleneck(
         )
 
 
-def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
-    """What :func:`bottleneck` runs, or None if it cannot be one launch: in place, all CTAs run at the same time."""
+def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> Ready | None:
+    """What :func:`bottleneck` runs, or None if no plan fits, it takes longer, or not all CTAs run at the same time.
+
+    They have to in place.
+    """
     if 0 in (*call.target.shape, call.rows):
         return Ready(None)
     dtype, limits = call.source.dtype, _jit.device_limits(call.device)
@@ -214,12 +226,22 @@ def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
     if not (is_whole(call.source) and is_whole(call.target)):
         return None
     problem = BottleneckProblem(
-        channels, call.inner, dtype.itemsize, call.layer.ksize, call.grid.bsize, call.rows, tensor, call.in_place
+        channels=channels,
+        inner=call.inner,
+        itemsize=dtype.itemsize,
+        ksize=call.layer.ksize,
+        block=call.grid.bsize,
+        rows=call.rows,
+        uses_tensor_cores=tensor,
+        in_place=call.in_place,
+        image=call.layer.out_size,
     )
     plan = plan_bottleneck(problem, limits)
-    if plan is None:
+    if plan is None or (clocks := bottleneck_clocks(plan, problem, limits)) > most_clocks:
         return None
-    chunks = (packing.chunk for packing in bottleneck_packings(problem))
+    if call.in_place and plan.ctas > plan.resident * limits.multiprocessors:
+        return None
+    chunks = (product.packing.chunk for product in problem.products)
     numbers = (channels, call.inner, *plan.tile, *call.layer.ksize, *chunks)
     first, second, third = (layout.expression for layout in plan.layouts)
     instance = bottleneck_instance(
@@ -230,7 +252,8 @@ def prepare_bottleneck(call: BottleneckCall) -> Ready | None:
         if plan.ctas > resident * limits.multiprocessors:
             return None
     meets_on = call.device if call.in_place else -1
-    return Ready(Launch(instance, (plan.ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on))
+    launch = Launch(instance, (plan.ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on)
+    return Ready(launch, clocks)
 
 
 def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> Template:

@@ -10,16 +10,23 @@ from ._packing import PIECE_BYTES, STEP_PIECES
 from ._warps import WARPS, WarpLayout
 
 
-class _Rates(NamedTuple):
+class Rates(NamedTuple):
     """What the products of an arithmetic take on a multiprocessor."""
 
-    #: Products of 4-byte numbers in a clock. Twice as many of halves on tensor cores.
+    #: Products of 4-byte numbers in a clock, and by how much there are more of halves.
     products: float
+    halves: int
     #: Clocks of a step of a warp, whatever it holds: what is loaded is only then multiplied.
-    step: int
+    step: float
+    #: Clocks until weights from far are there, which the steps for which a warp asks ahead have in common.
+    late: float
     #: Clocks in which a warp reads 16 rows, and the weights of 8 columns, of a step.
     rows: float
     weights: float
+    #: Clocks of an exchange of sums, of each turn of the warps in it, and bytes that it moves in a clock.
+    exchange: float
+    turn: float
+    exchanged: float
 
 
 # The model was fitted to 2299 plans of 474 convolutions and 3017 of 435 bottlenecks on an H200: stages of ResNets in
@@ -27,19 +34,17 @@ class _Rates(NamedTuple):
 # the plans that were measured for a problem, the one it picks takes 1.02 (convolutions) and 1.01 (bottlenecks) of the
 # best one's time on average, and 1.06 and 1.03 at the 90th percentile.
 
-_TENSOR = _Rates(465, 130, 1.6, 0)
-_PLAIN = _Rates(77, 1200, 0, 50)
+#: On tensor cores, in a convolution and in a bottleneck; and without them.
+CONV_TENSOR = Rates(615, 2, 37, 301, 5.5, 0, 932, 75, 71)
+BOTTLENECK_TENSOR = Rates(465, 2, 90, 170, 1.6, 0, 500, 0, 64)
+PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
 
-#: Clocks that a tile waits: for its place, for its window, at barriers; for each further chunk of its channels; between
-#: two products of a bottleneck; and for an exchange of sums, besides its traffic.
-WAITS, CHUNK, BETWEEN, _EXCHANGE = 2950, 1600, 800, 500
+#: Clocks that a tile waits: for its place, for its window, at barriers; for each further chunk of its channels; and
+#: between two products of a bottleneck.
+WAITS, CHUNK, BETWEEN = 2950, 1600, 800
 
-#: Groups of 8 columns beyond which a warp has registers for the weights of the next step only (DistantWeights of
-#: kernels/products.cuh), and clocks of a step by which they are late.
-_NEXT_STEP_ONLY, _LATE = 6, 150
-
-#: Bytes in a clock: of images that a multiprocessor brings or writes, and of sums that its warps exchange.
-IMAGES, _EXCHANGED = 25, 64
+#: Bytes of images in a clock that a multiprocessor brings or writes.
+IMAGES = 25
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,25 @@ class Clocks:
         last = self.waits + rest * self.works if rest else 0.0
         return rounds * (self.waits + resident * self.works) + last
 
+    def of_either(self, ctas: int, fewer: int, resident: int, multiprocessors: int) -> float:
+        """The mean of two numbers of tiles, where the mask decides how many there are."""
+        return (self.of(ctas, resident, multiprocessors) + self.of(fewer, resident, multiprocessors)) / 2
 
-def product_clocks(layout: WarpLayout, steps: int, itemsize: int, tensor: bool, is_near: bool = False) -> Clocks:
+
+def product_clocks(layout: WarpLayout, steps: int, itemsize: int, rates: Rates, is_near: bool = False) -> Clocks:
     """Of a product of a CTA, whose weights may be in shared memory."""
-    rates = _TENSOR if tensor else _PLAIN
     own = steps / layout.depth
     products = layout.rows * layout.columns * steps * STEP_PIECES * PIECE_BYTES // itemsize
-    works = products / (rates.products * (4 // itemsize if tensor else 1))
+    works = products / (rates.products * (rates.halves if itemsize == 2 else 1))
     works += WARPS * own * (layout.m * rates.rows + layout.n * rates.weights)
-    is_late = tensor and not is_near and layout.n > _NEXT_STEP_ONLY
-    waits = own * (rates.step + (_LATE if is_late else 0)) + (_EXCHANGE if layout.depth > 1 else 0)
-    return Clocks(waits, works + layout.exchanged_bytes / _EXCHANGED)
+    waits = own * (rates.step + (0 if is_near else rates.late / steps_ahead(layout.n)))
+    if layout.depth > 1:
+        waits += rates.exchange + rates.turn * math.ceil(layout.m * layout.n / layout.depth)
+    return Clocks(waits, works + layout.exchanged_bytes / rates.exchanged)
+
+
+def steps_ahead(columns: int) -> int:
+    """Steps for whose weights a warp asks ahead. Mirrored by DistantWeights of kernels/products.cuh."""
+    if columns > 4:
+        return 1 if columns > 6 else 2
+    return {1: 8, 2: 6}.get(columns, 3)

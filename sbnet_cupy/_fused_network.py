@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,17 +11,18 @@ import numpy as np
 from . import _device
 from ._affine import IDENTITY, Affine
 from ._bottleneck_weights import affines_of
+from ._composed_clocks import ConvSize, StackConv, composed_clocks
 from ._conv_geometry import BlockParams, Layer, stack_grids
 from ._engine import (
-    ConvSize,
     Route,
     bottleneck_routes,
     kind_obstacle,
+    may_fuse,
     offset_obstacle,
-    prefers_fused,
+    prefers_gathering,
     size_obstacle,
-    takes_fused,
 )
+from ._fused_bottleneck_plan import SCATTER
 from ._fused_form import BottleneckCall, ConvCall, Side
 from ._pack_weights import PackedBottleneck
 from ._packing import PackedWeights, is_whole, packing_of
@@ -51,18 +53,25 @@ class FusedBlocks:
         """How much each convolution multiplies."""
         return [ConvSize.of(shape) for shape in self.shapes]
 
-    def take_fused(self, engine: str, x: Spec, *others: Spec) -> bool:
-        """Whether the fused kernels are to be taken for these tensors, if there is a plan."""
-        if engine == "composed":
-            return False
+    def most_clocks(self, engine: str, x: Spec, *others: Spec) -> float | None:
+        """How long the fused kernels may take for these tensors; None if they are not to be taken at all."""
         obstacle = (
             kind_obstacle(self.device, x.dtype)
             or size_obstacle(self.layers, self.params, self.sizes, self.rows)
             or offset_obstacle((x, *others), self.layers, self.params)
         )
-        pixels = self.rows * self.params.bsize_out[0] * self.params.bsize_out[1]
-        preferred = not obstacle and prefers_fused(x.dtype, self.tf32, self.sizes, is_whole(x), pixels)
-        return takes_fused(engine, obstacle, preferred)
+        if not may_fuse(engine, obstacle):
+            return None
+        if engine == "fused":
+            return math.inf
+        return None if prefers_gathering(x.shape[3], is_whole(x)) else self.composed_clocks(x.itemsize)
+
+    def composed_clocks(self, itemsize: int) -> float:
+        """How long the composed engine takes."""
+        limits = _device.fused().device_limits(self.device)
+        pixels = [self.rows * math.prod(grid.bsize) for grid in stack_grids(self.layers, self.params)]
+        convs = list(map(StackConv, self.sizes, pixels, pixels[1:]))
+        return composed_clocks(convs, itemsize, self.tf32 and limits.has_tensor_cores, limits.multiprocessors)
 
     def stack(self, step: int, dtype: np.dtype[Any]) -> Spec:
         """The stack of tiles that convolution number `step` puts out."""
@@ -112,12 +121,13 @@ class FusedBlocks:
 
 def plan_conv(engine: str, blocks: FusedBlocks, x: Spec, out: Spec, after: Affine) -> Any:
     """What runs a convolution, if the fused kernel is to do it, or None. Of `after`, only the form matters."""
-    if not blocks.take_fused(engine, x, out):
+    most = blocks.most_clocks(engine, x, out)
+    if most is None:
         return None
     call = blocks.conv_call(0, Side(x), Side(out), None, IDENTITY, after)
-    ready = _device.fused().prepare_conv(call)
+    ready = _device.fused().prepare_conv(call, most)
     if ready is None:
-        takes_fused(engine, _NO_PLAN, False)
+        may_fuse(engine, _NO_PLAN)
     return ready
 
 
@@ -146,22 +156,37 @@ def plan_bottleneck(
     `activates` tells whether batch norm and ReLU come first, and `projects` whether the shortcut is already in `out`.
     """
     first, second, third = (blocks.stack(step, x.dtype) for step in range(3))
-    if not blocks.take_fused(engine, x, out, first, second):
+    most = blocks.most_clocks(engine, x, out, first, second)
+    if most is None:
         return None
-    fused = _device.fused()
+    best, stacks = None, {Route.LAYERS: (first, second), Route.STACK: (third,), Route.DIRECT: ()}
     for route in bottleneck_routes(blocks.shapes, blocks.layers[1].strides, projects, in_place):
-        stacks = {Route.DIRECT: (), Route.STACK: (third,), Route.LAYERS: (first, second)}[route]
         if route is Route.LAYERS:
             calls = _layer_calls(blocks, x, out, (first, second), activates, out if projects else x)
-            steps = tuple(map(fused.prepare_conv, calls))
+            steps, more = _prepare_layers(calls, most), 0
         else:
-            target = Side(out) if route is Route.DIRECT else Side(third, True)
-            waits = in_place and route is Route.DIRECT
-            steps = (fused.prepare_bottleneck(blocks.bottleneck_call(x, target, waits, activates)),)
-        if None not in steps:
-            return BottleneckPlan(route, steps, tuple(stack.shape for stack in stacks))
-    takes_fused(engine, _NO_PLAN, False)
-    return None
+            target, more = (Side(out), 0) if route is Route.DIRECT else (Side(third, True), SCATTER)
+            call = blocks.bottleneck_call(x, target, in_place and route is Route.DIRECT, activates)
+            step = _device.fused().prepare_bottleneck(call, most - more)
+            steps = () if step is None else (step,)
+        if steps:  # no slower than the best way so far
+            best = BottleneckPlan(route, steps, tuple(stack.shape for stack in stacks[route]))
+            most = sum(step.clocks for step in steps) + more
+    if best is None:
+        may_fuse(engine, _NO_PLAN)
+    return best
+
+
+def _prepare_layers(calls: tuple[ConvCall, ...], most_clocks: float) -> tuple[Any, ...]:
+    """What runs one convolution after another, if all of them take no more together; else nothing."""
+    steps: list[Any] = []
+    for call in calls:
+        step = _device.fused().prepare_conv(call, most_clocks)
+        if step is None:
+            return ()
+        steps.append(step)
+        most_clocks -= step.clocks
+    return tuple(steps)
 
 
 def _layer_calls(

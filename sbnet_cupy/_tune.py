@@ -17,7 +17,7 @@ from ._bottleneck import sparse_res_block_bottleneck
 from ._bottleneck_weights import BottleneckWeights
 from ._conv import sparse_conv2d
 from ._conv_geometry import BlockParams, Layer, Pair, block_params, make_chain, parse_ksize
-from ._engine import kind_obstacle, parse_engine, takes_fused
+from ._engine import kind_obstacle, may_fuse, parse_engine
 from ._geometry import parse_pair
 from ._pack_weights import pack_weights
 from ._reduce_mask import BlockIndices, block_indices
@@ -269,7 +269,7 @@ def _check_engine(
     obstacle = kind_obstacle(device, dtype)
     if not obstacle and len(ksizes) > 1 and not _is_bottleneck(ksizes, channels[0], channels[-1]):
         obstacle = "a chain that is neither one convolution nor a bottleneck"
-    takes_fused(engine, obstacle, True)
+    may_fuse(engine, obstacle)
 
 
 def _receptive_field(ksizes: Sequence[Pair]) -> Pair:

@@ -26,7 +26,8 @@ from sbnet_cupy import (
     BottleneckWeights,
     _bottleneck,
     _conv,
-    _fused_plan,
+    _fused_bottleneck_plan,
+    _fused_conv_plan,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -50,12 +51,20 @@ DTYPES = {
 #: Bytes in which the weights of a small product, or the results of a pass, have room.
 ROOM = 16 << 10
 
+Pick = Callable[[list[Any], Any], Any]
+
 #: Plans that the model would not take for small problems, by name: one of all that fit, or the model's with a change.
-PLANS: dict[str, Callable[[list[Any], Any], Any]] = {
+#: A name that is of one kind alone leaves the other the model's.
+CONV_PLANS: dict[str, Pick] = {
     "split": lambda plans, chosen: max(plans, key=lambda plan: plan.grid[1]),
     "tiles": lambda plans, chosen: max(  # that hang over the block
         plans, key=lambda plan: (math.prod(plan.tiles) > 1, sum(map(math.prod, zip(plan.tile, plan.tiles))))
     ),
+    "cut": lambda plans, chosen: max(plans, key=lambda plan: math.prod(plan.tiles)),
+    "flat": lambda plans, chosen: max(plans, key=lambda plan: (plan.layout.depth == 1, plan.layout.n)),
+}
+BOTTLENECK_PLANS: dict[str, Pick] = {
+    "tiles": CONV_PLANS["tiles"],
     "distant": lambda plans, chosen: replace(chosen, near=0, parts=1),
     "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1, shared=chosen.shared + ROOM),
     "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2, shared=chosen.shared + ROOM),
@@ -65,24 +74,35 @@ PLANS: dict[str, Callable[[list[Any], Any], Any]] = {
 }
 
 
+def _chosen(plans: list[Any], chosen: Any) -> Any:
+    return chosen
+
+
 @contextmanager
 def planned(name: str) -> Iterator[None]:
-    """Let the fused kernels have the plan of this name, or with an empty one the model's."""
-    if not name:
-        yield
-        return
-    from sbnet_cupy import _fused
+    """Let the fused kernels have the plan of this name, or with an empty one the model's.
+
+    Bottlenecks are one launch where they can be, however long it takes.
+    """
+    from sbnet_cupy import _fused, _fused_network
 
     caches = [f for module in (_conv, _bottleneck) for f in vars(module).values() if hasattr(f, "cache_clear")]
 
     def plan_conv(problem: Any, limits: Any) -> Any:
-        return PLANS[name](list(_fused_plan.conv_plans(problem, limits)), _fused_plan.plan_conv(problem, limits))
+        plans = list(_fused_conv_plan.conv_plans(problem, limits))
+        return CONV_PLANS.get(name, _chosen)(plans, _fused_conv_plan.plan_conv(problem, limits))
 
     def plan_bottleneck(problem: Any, limits: Any) -> Any:
-        plans = list(_fused_plan.bottleneck_plans(problem, limits))
-        return PLANS[name](plans, _fused_plan.plan_bottleneck(problem, limits))
+        plans = list(_fused_bottleneck_plan.bottleneck_plans(problem, limits))
+        return BOTTLENECK_PLANS.get(name, _chosen)(plans, _fused_bottleneck_plan.plan_bottleneck(problem, limits))
+
+    real_layers = _fused_network._prepare_layers
+
+    def slow_layers(calls: Any, most_clocks: float) -> tuple[Any, ...]:
+        return tuple(step._replace(clocks=1e30) for step in real_layers(calls, most_clocks))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused_network, "_prepare_layers", slow_layers)
         patch.setattr(_fused, "plan_conv", plan_conv)
         patch.setattr(_fused, "plan_bottleneck", plan_bottleneck)
         for cached in caches:
@@ -116,7 +136,7 @@ class FusedCase:
     #: Triples of active blocks, instead of those of the geometry's mask; and the count that goes with them.
     triples: tuple[tuple[int, int, int], ...] | None = None
     count: int | None = None
-    #: One of PLANS; empty: the model's.
+    #: One of CONV_PLANS or BOTTLENECK_PLANS; empty: the model's.
     plan: str = ""
 
     @property
@@ -419,6 +439,8 @@ BOTTLENECKS = [
     bottleneck("layers-stride", "float16", (13, 15), 16, 8, (3, 4), strides=(2, 2), projects=24, spare=3),
     bottleneck("layers-kernels", "tf32", (12, 13), 8, 8, (4, 5), outer=((3, 1), (2, 3)), target="place", batch=1),
     bottleneck("layers-tiles", "float16", (12, 13), 8, 8, (5, 11), outer=((3, 1), (1, 1)), plan="tiles"),
+    bottleneck("layers-cut", "float16", (11, 11), 8, 8, (8, 8), middle=16, plan="cut", density=1.0, batch=1),
+    bottleneck("layers-flat", "float16", (17, 18), 16, 8, (8, 16), middle=16, plan="flat", target="place", batch=1),
     bottleneck("layers-odd", "float32", (12, 13), 5, 3, (4, 5), target="place", density=0.05, spare=-3),
     bottleneck("layers-nchw", "bfloat16", (12, 13), 16, 8, (4, 5), middle=16, layout="nchw", target="out", batch=1),
     bottleneck("layers-plain", "float16", (12, 13), 8, 8, (4, 5), activates=False, layout="misaligned", target="out"),

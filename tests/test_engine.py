@@ -21,6 +21,7 @@ from sbnet_cupy import (
     _bottleneck,
     _conv,
     _engine,
+    _fused,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -28,68 +29,33 @@ from sbnet_cupy import (
     sparse_conv2d,
     sparse_res_block_bottleneck,
 )
+from sbnet_cupy._composed_clocks import ConvSize
 from sbnet_cupy._conv_geometry import make_layer
-from sbnet_cupy._engine import ConvSize, Route
+from sbnet_cupy._engine import Route
+from sbnet_cupy._fused_bottleneck_plan import SCATTER
 from sbnet_cupy._validate import Spec
 
 HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
 BRAIN = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tf32", "size", "whole", "expected"),
-    [
-        (HALF, False, (9, 24, 24), True, True),
-        (HALF, False, (9, 512, 512), True, True),
-        (BRAIN, False, (1, 512, 128), True, True),
-        (BRAIN, False, (1, 512, 129), True, False),
-        (SINGLE, True, (9, 128, 128), True, True),
-        (SINGLE, True, (9, 129, 128), True, False),
-        (SINGLE, True, (1, 384, 96), True, True),
-        (SINGLE, False, (9, 96, 96), True, True),
-        (SINGLE, False, (9, 97, 96), True, False),
-        (SINGLE, False, (1, 192, 48), True, True),
-        (SINGLE, False, (1, 193, 48), True, False),
-        (HALF, True, (9, 512, 512), True, True),  # TF32 is of float32 alone
-        # Pixels that are not whole pieces: from 64 channels on, copying them wins.
-        (HALF, False, (9, 63, 24), False, True),
-        (HALF, False, (9, 64, 24), False, False),
-        (SINGLE, True, (7, 3, 64), False, True),
-    ],
-)  # fmt: skip
-def test_auto(dtype: Any, tf32: bool, size: tuple[int, int, int], whole: bool, expected: bool) -> None:
-    assert _engine.prefers_fused(dtype, tf32, [ConvSize(*size)], whole, 1) is expected
-
-
-def test_auto_asks_all_convolutions_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = ConvSize(1, 48, 24), ConvSize(9, 384, 96)
-    assert _engine.prefers_fused(SINGLE, False, [small, small], True, 1)
-    assert not _engine.prefers_fused(SINGLE, False, [small, large], True, 1)
-    assert ConvSize.of((3, 5, 8, 16)) == (15, 8, 16)
-    # From so many kernel pixels on another number holds.
-    monkeypatch.setitem(_engine._MOST_WEIGHTS, "float16", ((1, 0), (9, 100)))
-    for size, expected in (((1, 1, 1), False), ((8, 1, 1), False), ((9, 10, 10), True), ((10, 10, 11), False)):
-        assert _engine.prefers_fused(HALF, False, [ConvSize(*size)], True, 1) is expected
-
-
-def test_auto_leaves_much_work_to_others() -> None:
-    chain = [ConvSize(1, 100, 10), ConvSize(9, 10, 10), ConvSize(1, 10, 60)]
-    assert _engine.prefers_fused(HALF, False, chain, True, 10**6)
-    assert not _engine.prefers_fused(HALF, False, chain, True, 10**6 + 1)
+def test_images_that_auto_gathers() -> None:
+    """Where pixels are not whole pieces, copying them wins from 64 channels on."""
+    for channels, whole, expected in ((63, False, False), (64, False, True), (64, True, False), (3, False, False)):
+        assert _engine.prefers_gathering(channels, whole) is expected
 
 
 def test_named_engines() -> None:
-    for engine, obstacle, preferred, expected in (
-        ("auto", "", True, True),
-        ("auto", "", False, False),
-        ("auto", "float64", True, False),
-        ("fused", "", False, True),
-        ("composed", "", True, False),
-        ("composed", "float64", True, False),
+    for engine, obstacle, expected in (
+        ("auto", "", True),
+        ("auto", "float64", False),
+        ("fused", "", True),
+        ("composed", "", False),
+        ("composed", "float64", False),
     ):
-        assert _engine.takes_fused(engine, obstacle, preferred) is expected
+        assert _engine.may_fuse(engine, obstacle) is expected
     with pytest.raises(ValueError, match=r"^engine: expected 'auto' or 'composed' for float64, got 'fused'$"):
-        _engine.takes_fused("fused", "float64", True)
+        _engine.may_fuse("fused", "float64")
     for bad in ("fast", None, 1):
         message = f"engine: expected 'auto', 'fused' or 'composed', got {bad!r}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -130,9 +96,9 @@ def test_routes_of_a_bottleneck() -> None:
         return _engine.bottleneck_routes((first, second, third), strides, projects, place)
 
     usual = (1, 1, 96, 24), (3, 3, 24, 24), (1, 1, 24, 96)
-    assert routes(*usual) == (Route.DIRECT, Route.LAYERS)
-    assert routes(*usual, place=True) == (Route.DIRECT, Route.STACK, Route.LAYERS)
-    assert routes((1, 1, 8, 8), (5, 2, 8, 8), (1, 1, 8, 8)) == (Route.DIRECT, Route.LAYERS)
+    assert routes(*usual) == (Route.LAYERS, Route.DIRECT)
+    assert routes(*usual, place=True) == (Route.LAYERS, Route.STACK, Route.DIRECT)
+    assert routes((1, 1, 8, 8), (5, 2, 8, 8), (1, 1, 8, 8)) == (Route.LAYERS, Route.DIRECT)
     layers = (Route.LAYERS,)
     assert routes(*usual, strides=(2, 1), projects=True) == layers
     assert routes(*usual, projects=True) == layers
@@ -194,11 +160,58 @@ def test_the_engine_is_taken(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_of(xp, double.conv) >= composed
     assert kernels_of(xp, double.block) >= composed
     calls = Calls(xp)
-    monkeypatch.setitem(_engine._MOST_WEIGHTS, "float16", ((1, 0),))
-    _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
+    let_composed_take(0, monkeypatch)
     assert kernels_of(xp, calls.conv) >= composed
     assert kernels_of(xp, calls.block) >= composed
     assert kernels_of(xp, calls.conv, engine="fused") == {"conv.cu"}
+
+
+def let_composed_take(clocks: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model say so of the composed engine."""
+    monkeypatch.setattr("sbnet_cupy._fused_network.composed_clocks", lambda *arguments: clocks)
+    _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
+
+
+@pytest.mark.parametrize("route", [None, Route.DIRECT, Route.STACK, Route.LAYERS])
+@pytest.mark.parametrize("place", [False, True])
+def test_auto_takes_the_faster_engine(
+    xp: Any, route: Route | None, place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the models: the fused kernels, unless all that they launch takes longer. No route: a convolution."""
+    calls, took = Calls(xp), []
+    call, options = (calls.conv, {}) if route is None else (calls.block, {"out": calls.x} if place else {})
+    for name in ("conv_clocks", "bottleneck_clocks"):
+        real = getattr(_fused, name)
+        monkeypatch.setattr(_fused, name, lambda *args, real=real: took.append(real(*args)) or took[-1])
+    monkeypatch.setattr("sbnet_cupy._fused_network.bottleneck_routes", lambda *arguments: (route,))
+    _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
+    fused = kernels_of(xp, call, engine="fused", **options)
+    kernels = {Route.DIRECT: {"bottleneck.cu"}, Route.STACK: {"bottleneck.cu", "scatter.cu"}}
+    assert fused == kernels.get(route, {"conv.cu"})  # type: ignore[arg-type]
+    assert len(took) == (3 if route is Route.LAYERS else 1)
+    whole = sum(took) + (SCATTER if route is Route.STACK else 0)
+    let_composed_take(whole * 1.0001, monkeypatch)
+    assert kernels_of(xp, call, **options) == fused
+    let_composed_take(whole * 0.9999, monkeypatch)
+    found = kernels_of(xp, call, **options)
+    assert "gather.cu" in found
+    assert not found & {"conv.cu", "bottleneck.cu"}
+
+
+def test_the_fastest_way_through_a_bottleneck(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(xp)
+    everywhere = BlockIndices(*map(xp.asarray, block_indices(np.ones((1, 9, 11), bool), calls.params)))
+    for indices, options, one_launch, more in (
+        (calls.indices, {}, {"bottleneck.cu"}, 0),
+        (calls.indices, {"out": calls.x}, {"bottleneck.cu"}, 0),
+        (everywhere, {"out": calls.x}, {"bottleneck.cu", "scatter.cu"}, SCATTER),
+    ):
+        calls.indices = indices
+        for clocks, expected in ((30 * SCATTER - more, one_launch), (30 * SCATTER - more + 1, {"conv.cu"})):
+            monkeypatch.setattr(_fused, "conv_clocks", lambda *arguments: 10 * SCATTER)
+            monkeypatch.setattr(_fused, "bottleneck_clocks", lambda *arguments, clocks=clocks: clocks)
+            _bottleneck.prepare.cache_clear()
+            assert kernels_of(xp, calls.block, engine="fused", **options) == expected
 
 
 def test_a_form_is_prepared_once(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +292,7 @@ def test_errors_of_the_engine(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^engine: expected 'auto' or 'composed' for a kernel, .* room, got 'fused'$"):
         wide.conv(engine="fused")
     for name in ("prepare_conv", "prepare_bottleneck"):
-        monkeypatch.setattr(f"sbnet_cupy._fused.{name}", lambda call: None)
+        monkeypatch.setattr(f"sbnet_cupy._fused.{name}", lambda call, most: None)
     _conv.prepare.cache_clear(), _bottleneck.prepare.cache_clear()
     calls = Calls(xp)
     for call in (calls.conv, calls.block):

@@ -105,6 +105,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
         "bottleneck_chunks": some(bottlenecks, "chunks-of-the-middle chunks-of-the-channels"),
         "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw layers-tiles"),
+        "layers_plans": some(bottlenecks, "layers-cut layers-flat"),
     }
 
 
@@ -1637,11 +1638,11 @@ columns-of-weights: products.cuh, conv_plain
 - const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
 + const int column = static_cast<int>(threadIdx.x) % 4 + 4 * k;
 
-conv-kernel-rows: conv.cu, conv_plain
-- Shape::Rows::offset(dy, dx)
-+ Shape::Rows::offset(dx, dy)
+conv-kernel-rows: window.cuh, conv_plain
+- Rows::offset(dy, dx) + piece
++ Rows::offset(dx, dy) + piece
 
-conv-pieces: conv.cu, conv_chunks
+conv-pieces: window.cuh, conv_chunks
 - offset(dy, dx) + piece * kPieceBytes : kNoPiece;
 + offset(dy, dx) : kNoPiece;
 
@@ -1658,20 +1659,40 @@ conv-padding-of-a-stack: conv.cu, layers
 + y.first) * Shape::kStrideH - static_cast<int>(c.height.pad);
 
 conv-outside-of-a-stack: conv.cu, layers
-- if (!inside) number[0] = number[1] = 0.0f;
+- if (!inside) continue;
 +
 
 conv-last-feature: conv.cu, conv_plain
-- if (has_second) to[to_stride] = result.lane[1];
-+ to[to_stride] = result.lane[1];
+- if (has_second) to[stride] = result.lane[1];
++ to[stride] = result.lane[1];
 
 conv-outside: conv.cu, conv_plain
 - || (!inside && !stack)) continue;
 + ) continue;
 
 conv-residual: conv.cu, layers
-- number[1] += Addition<T>::begin(more.lane[1]);
-+
+- brought.of_pixel[r].lane[i]);
++ brought.of_pixel[r].lane[0]);
+
+conv-residual-feature: conv.cu, layers
+- int place = Form::kPaired ? feature : feature * residual.channel_stride;
++ int place = 0;
+
+conv-residual-of-another-tile: window.cuh, layers_plans
+- brought[n] = bring(m, n);
++ brought[n] = bring(m, 0);
+
+conv-residual-of-the-next: window.cuh, layers
+- next = bring(depth / kN, depth % kN);
++ next = bring(0, 0);
+
+conv-tile-at-the-edge: window.cuh, conv
+- first < extent && first + size > 0
++ first + size <= extent && first + size > 0
+
+conv-tile-of-a-stack: conv.cu, layers_plans
+- exists && (c.target_is_stack != 0 || (y.meets
++ exists && (false || (y.meets
 
 conv-chunk: conv.cu, conv_chunks
 - k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
@@ -1693,19 +1714,19 @@ bottleneck-border: bottleneck.cu, bottleneck
 - inside ? affine(sum[2 * r + i], i) : 0.0f;
 + affine(sum[2 * r + i], i);
 
-bottleneck-halo: bottleneck.cu, bottleneck
+bottleneck-halo: window.cuh, bottleneck
 - exists ? Rows::offset(dy, dx)
 + exists ? Rows::offset(dy, 0)
 
-bottleneck-chunk: bottleneck.cu, bottleneck_chunks
+bottleneck-chunk: window.cuh, bottleneck_chunks
 - k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
 + k % kRoom % Depth::kChunk;
 
-bottleneck-room-of-a-chunk: bottleneck.cu, bottleneck_chunks
+bottleneck-room-of-a-chunk: window.cuh, bottleneck_chunks
 - kRoom = Depth::kChunkSteps * kStepPieces;
 + kRoom = Depth::kSteps * kStepPieces;
 
-bottleneck-steps: bottleneck.cu, bottleneck_chunks
+bottleneck-steps: window.cuh, bottleneck_chunks
 - kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
 + kSteps = (kPieces * kPositions + kStepPieces - 1) / kStepPieces;
 

@@ -115,6 +115,8 @@ def empty(shape: Any, dtype: Any = float, *, alignment: int = ALIGNMENT) -> ndar
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = Memory(size, compiler.order.at_end, alignment)
+    if dtype.kind not in "biu":
+        memory.bytes()[:] = 0xFF  # NaN: POISON would be a small number, which bounds of sums forgive
     return ndarray.of(memory.bytes().view(dtype).reshape(shape))
 
 

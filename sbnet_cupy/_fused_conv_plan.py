@@ -1,0 +1,124 @@
+"""How the fused convolution cuts its work: pure functions of the problem and of the device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ._fused_clocks import CHUNK, CONV_TENSOR, IMAGES, PLAIN, WAITS, Clocks, product_clocks
+from ._fused_plan import (
+    FEW_SUMS,
+    MOST_SUMS,
+    DeviceLimits,
+    Pair,
+    alone,
+    may_share,
+    room_beside,
+    tiles_in_image,
+    tiles_of,
+    window_bytes,
+)
+from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
+from ._warps import ROWS, WarpLayout, warp_layouts
+
+#: Sums of a warp where windows come in chunks, in place of MOST_SUMS.
+_CHUNK_SUMS = 12
+
+#: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
+#: of 16 x 8 sums.
+_ACTIVATION, _RESIDUAL = 1.3, 760
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """What decides how a convolution is cut."""
+
+    packing: Packing
+    ksize: Pair
+    strides: Pair
+    #: Output pixels of a block.
+    block: Pair
+    #: Blocks, active or not: the room of the list.
+    rows: int
+    uses_tensor_cores: bool
+    #: Whether an element-wise step comes before, and whether a residual is added.
+    activates: bool = False
+    adds: bool = False
+    #: Pixels of an output image. Tiles outside of it are left out; None for a stack, which has room for all of them.
+    image: Pair | None = None
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a convolution is cut."""
+
+    #: Output pixels of a tile, and tiles of a block.
+    tile: Pair
+    tiles: Pair
+    layout: WarpLayout
+    #: Input pixels of a tile.
+    window: Pair
+    #: Bytes of a staged window, and of shared memory in all.
+    window_bytes: int
+    shared: int
+    grid: tuple[int, int, int]
+    #: CTAs that a multiprocessor holds at a time.
+    resident: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_conv(problem: ConvProblem, limits: DeviceLimits) -> ConvPlan | None:
+    """The plan that the model takes for fastest; None if none fits."""
+    plans = list(conv_plans(problem, limits))
+    return min(plans, key=lambda plan: conv_clocks(plan, problem, limits), default=None)
+
+
+def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]:
+    """All plans that fit."""
+    packing = problem.packing
+    table = PIECE_BYTES + packing.steps * STEP_PIECES * 4
+    most = _CHUNK_SUMS if problem.uses_tensor_cores and packing.chunks > 1 else MOST_SUMS
+    for tile in tiles_of(problem.block):
+        tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+        window = tuple((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
+        staged = window_bytes(packing.chunk, (window[0], window[1]), tile[1], problem.strides)
+        row_tiles = math.ceil(tile[0] * tile[1] / ROWS)
+        for layout in warp_layouts(row_tiles, packing.columns, problem.uses_tensor_cores, most):
+            channels = 8 * layout.columns
+            if problem.activates:
+                channels += 8 * packing.chunk * packing.chunks * packing.lanes
+            shared = table + channels + max(staged * min(2, packing.chunks), layout.exchanged_bytes)
+            if shared > limits.cta_shared:
+                continue
+            ctas = problem.rows * tiles[0] * tiles[1]
+            grid = (max(1, min(ctas, 2**31 - 1)), packing.columns * COLUMNS // layout.columns, 1)
+            for resident, asked in conv_residents(layout, problem, shared, grid[0] * grid[1], limits):
+                yield ConvPlan(tile, tiles, layout, (window[0], window[1]), staged, asked, grid, resident)
+
+
+def conv_residents(
+    layout: WarpLayout, problem: ConvProblem, shared: int, ctas: int, limits: DeviceLimits
+) -> Iterator[tuple[int, int]]:
+    """How many CTAs a multiprocessor may hold at a time, and the shared memory that each asks for then."""
+    yield 1, alone(shared, limits)
+    chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
+    wide_and_deep = layout.depth > 1 and 4 <= layout.n <= 6 and layout.m * layout.n > 4
+    spills = layout.m * layout.n > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or wide_and_deep))
+    if may_share(ctas, limits) and shared <= room_beside(limits) and not spills:
+        yield 2, shared
+
+
+def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> float:
+    """The model of a convolution."""
+    packing, layout = problem.packing, plan.layout
+    itemsize = PIECE_BYTES // packing.lanes
+    results = plan.tile[0] * plan.tile[1] * layout.columns * itemsize
+    windows = packing.chunks * plan.window_bytes * (1 + (_ACTIVATION if problem.activates else 0))
+    residual = _RESIDUAL * math.ceil(layout.m * layout.n / layout.depth) if problem.adds else 0
+    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + residual, (windows + results) / IMAGES)
+    rates = CONV_TENSOR if problem.uses_tensor_cores else PLAIN
+    tile += product_clocks(layout, packing.chunks * packing.steps, itemsize, rates)
+    inside = tiles_in_image(problem.rows, plan.tile, problem.block, problem.image)
+    return tile.of_either(plan.grid[0] * plan.grid[1], inside * plan.grid[1], plan.resident, limits.multiprocessors)
