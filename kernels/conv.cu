@@ -73,11 +73,6 @@ struct ConvTile {
           y(begin(c.height, exists ? at.block_h : 0), c.height.size, at.down, Shape::kTileH),
           x(begin(c.width, exists ? at.block_w : 0), c.width.size, at.right, Shape::kTileW) {}
 
-    // Whether it has something to write: pixels of the image, or of a stack, which has room for the others too.
-    __device__ bool counts(const Conv& c) const {
-        return exists && (c.target_is_stack != 0 || (y.meets(c.height.extent) && x.meets(c.width.extent)));
-    }
-
     template <typename Shape>
     __device__ Window source(const Conv& c, Shape) const {
         const bool stack = c.source_is_stack != 0;
@@ -196,7 +191,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
             distant = Weights(weights, column_stride, begin, end);
         }
         const ConvTile tile(c, at, Shape());
-        if (!tile.counts(c)) continue;
+        if (!tile.exists) continue;
         const Window window = tile.source(c, Shape());
         const auto start = [&](int k) {
             const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};

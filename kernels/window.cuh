@@ -59,9 +59,6 @@ struct Span {
         const int left = static_cast<int>(block_size) - within;
         size = left < tile_size ? left : tile_size;
     }
-
-    // Whether some of it lies in [0, extent).
-    __device__ bool meets(int64 extent) const { return first < extent && first + size > 0; }
 };
 
 // Which part [begin, end) of `size` pixels from pixel `first` on lies in [0, extent).

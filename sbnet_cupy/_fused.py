@@ -121,7 +121,6 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
         uses_tensor_cores=tensor,
         activates=call.activates,
         adds=call.residual is not None,
-        image=None if call.target.is_stack else call.layer.out_size,
     )
     plan = plan_conv(problem, limits)
     if plan is None or (clocks := conv_clocks(plan, problem, limits)) > most_clocks:

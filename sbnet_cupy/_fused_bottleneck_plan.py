@@ -291,6 +291,6 @@ def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: 
     if plan.resident > 1:
         tile *= _BESIDE
     inside = tiles_in_image(problem.rows, plan.tile, problem.block, problem.image)
-    clocks = tile.of_either(plan.ctas, inside, plan.resident, limits.multiprocessors)
+    clocks = tile.of_mask(plan.ctas, inside, plan.resident, limits.multiprocessors)
     scatters = problem.in_place and plan.ctas > plan.resident * limits.multiprocessors
     return clocks + (SCATTER if scatters else 0)

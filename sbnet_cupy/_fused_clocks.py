@@ -35,7 +35,7 @@ class Rates(NamedTuple):
 # best one's time on average, and 1.06 and 1.03 at the 90th percentile.
 
 #: On tensor cores, in a convolution and in a bottleneck; and without them.
-CONV_TENSOR = Rates(615, 2, 37, 301, 5.5, 0, 932, 75, 71)
+CONV_TENSOR = Rates(580, 2, 20, 300, 5.9, 1.9, 500, 180, 80)
 BOTTLENECK_TENSOR = Rates(465, 2, 90, 170, 1.6, 0, 500, 0, 64)
 PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
 
@@ -43,8 +43,11 @@ PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
 #: between two products of a bottleneck.
 WAITS, CHUNK, BETWEEN = 2950, 1600, 800
 
-#: Bytes of images in a clock that a multiprocessor brings or writes.
+#: Bytes of images in a clock that a multiprocessor brings or writes in a bottleneck.
 IMAGES = 25
+
+#: How likely it is that a mask has its share of the blocks that reach beyond the image.
+_HAS_LAST = 0.25
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ class Clocks:
         last = self.waits + rest * self.works if rest else 0.0
         return rounds * (self.waits + resident * self.works) + last
 
-    def of_either(self, ctas: int, fewer: int, resident: int, multiprocessors: int) -> float:
-        """The mean of two numbers of tiles, where the mask decides how many there are."""
-        return (self.of(ctas, resident, multiprocessors) + self.of(fewer, resident, multiprocessors)) / 2
+    def of_mask(self, ctas: int, inside: int, resident: int, multiprocessors: int) -> float:
+        """Clocks of tiles of which so many lie in the image, if the mask has its share of the last blocks; or all."""
+        fewer = self.of(inside, resident, multiprocessors)
+        return (1 - _HAS_LAST) * self.of(ctas, resident, multiprocessors) + _HAS_LAST * fewer
 
 
 def product_clocks(layout: WarpLayout, steps: int, itemsize: int, rates: Rates, is_near: bool = False) -> Clocks:

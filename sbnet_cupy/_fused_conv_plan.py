@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ._fused_clocks import CHUNK, CONV_TENSOR, IMAGES, PLAIN, WAITS, Clocks, product_clocks
+from ._fused_clocks import CHUNK, CONV_TENSOR, PLAIN, WAITS, Clocks, product_clocks
 from ._fused_plan import (
     FEW_SUMS,
     MOST_SUMS,
@@ -16,7 +16,6 @@ from ._fused_plan import (
     alone,
     may_share,
     room_beside,
-    tiles_in_image,
     tiles_of,
     window_bytes,
 )
@@ -25,6 +24,9 @@ from ._warps import ROWS, WarpLayout, warp_layouts
 
 #: Sums of a warp where windows come in chunks, in place of MOST_SUMS.
 _CHUNK_SUMS = 12
+
+#: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
+_BROUGHT, _WRITTEN = 22, 44
 
 #: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
 #: of 16 x 8 sums.
@@ -46,8 +48,6 @@ class ConvProblem:
     #: Whether an element-wise step comes before, and whether a residual is added.
     activates: bool = False
     adds: bool = False
-    #: Pixels of an output image. Tiles outside of it are left out; None for a stack, which has room for all of them.
-    image: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ def conv_residents(
 ) -> Iterator[tuple[int, int]]:
     """How many CTAs a multiprocessor may hold at a time, and the shared memory that each asks for then."""
     yield 1, alone(shared, limits)
-    chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
-    wide_and_deep = layout.depth > 1 and 4 <= layout.n <= 6 and layout.m * layout.n > 4
-    spills = layout.m * layout.n > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or wide_and_deep))
+    sums, is_deep = layout.m * layout.n, layout.depth > 1
+    chunks_and_more = problem.packing.chunks > 1 and (is_deep or problem.activates)
+    steps_around = problem.adds or (problem.activates and sums > 4)
+    wide_and_deep = is_deep and 4 <= layout.n <= 6 and sums > 4
+    spills = sums > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or steps_around or wide_and_deep))
     if may_share(ctas, limits) and shared <= room_beside(limits) and not spills:
         yield 2, shared
 
@@ -117,8 +119,7 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
     results = plan.tile[0] * plan.tile[1] * layout.columns * itemsize
     windows = packing.chunks * plan.window_bytes * (1 + (_ACTIVATION if problem.activates else 0))
     residual = _RESIDUAL * math.ceil(layout.m * layout.n / layout.depth) if problem.adds else 0
-    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + residual, (windows + results) / IMAGES)
+    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + residual, windows / _BROUGHT + results / _WRITTEN)
     rates = CONV_TENSOR if problem.uses_tensor_cores else PLAIN
     tile += product_clocks(layout, packing.chunks * packing.steps, itemsize, rates)
-    inside = tiles_in_image(problem.rows, plan.tile, problem.block, problem.image)
-    return tile.of_either(plan.grid[0] * plan.grid[1], inside * plan.grid[1], plan.resident, limits.multiprocessors)
+    return tile.of(plan.grid[0] * plan.grid[1], plan.resident, limits.multiprocessors)

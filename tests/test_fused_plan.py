@@ -208,22 +208,19 @@ def test_clocks_of_several_tiles() -> None:
     tile = Clocks(10, 4)
     assert [tile.of(ctas, 1, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 28, 42]
     assert [tile.of(ctas, 2, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 18, 32]
-    assert tile.of_either(5, 2, 1, 2) == (42 + 14) / 2
+    assert tile.of_mask(5, 2, 1, 2) == 0.75 * 42 + 0.25 * 14
     assert tile + tile * 2 == Clocks(30, 12)
     assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
 
 
 def test_tiles_outside_of_the_image_take_no_time() -> None:
     """Blocks of 16 pixels, in tiles of 8: of an image of 100, half of the last ones' tiles lie in it."""
-    conv = ConvProblem(packing_of((3, 3, 64, 64), 4), (3, 3), (1, 1), (16, 16), 400, True)
-    block = BottleneckProblem(96, 24, 4, (3, 3), (16, 16), 400, True)
-    for problem, plans_of, clocks_of in ((conv, conv_plans, conv_clocks), (block, bottleneck_plans, bottleneck_clocks)):
-        plan = next(plan for plan in plans_of(problem, LIMITS[0]) if plan.tile == (8, 8))  # type: ignore[operator]
-        small, large = (
-            clocks_of(plan, replace(problem, image=image), LIMITS[0])  # type: ignore[operator]
-            for image in ((100, 100), (112, 112))
-        )
-        assert small < large == clocks_of(plan, problem, LIMITS[0])  # type: ignore[operator]
+    problem = BottleneckProblem(96, 24, 4, (3, 3), (16, 16), 400, True)
+    plan = next(plan for plan in bottleneck_plans(problem, LIMITS[0]) if plan.tile == (8, 8))
+    small, large = (
+        bottleneck_clocks(plan, replace(problem, image=image), LIMITS[0]) for image in ((100, 100), (112, 112))
+    )
+    assert small < large == bottleneck_clocks(plan, problem, LIMITS[0])
 
 
 def test_layouts_leave_room_for_larger_tiles() -> None:

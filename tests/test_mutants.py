@@ -1686,14 +1686,6 @@ conv-residual-of-the-next: window.cuh, layers
 - next = bring(depth / kN, depth % kN);
 + next = bring(0, 0);
 
-conv-tile-at-the-edge: window.cuh, conv
-- first < extent && first + size > 0
-+ first + size <= extent && first + size > 0
-
-conv-tile-of-a-stack: conv.cu, layers_plans
-- exists && (c.target_is_stack != 0 || (y.meets
-+ exists && (false || (y.meets
-
 conv-chunk: conv.cu, conv_chunks
 - k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
 + 0, static_cast<int>(c.channels));

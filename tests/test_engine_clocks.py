@@ -1,0 +1,109 @@
+"""The models by which ``auto`` chooses an engine, beside what the benchmark has recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cpu_cuda
+import numpy as np
+import pytest
+
+from bench.stages import Network, networks
+from sbnet_cupy import _fused_network, _jit
+from sbnet_cupy._affine import IDENTITY
+from sbnet_cupy._composed_clocks import ConvSize, StackConv, composed_clocks
+from sbnet_cupy._conv_geometry import make_chain
+from sbnet_cupy._fused_plan import DeviceLimits
+from sbnet_cupy._validate import Spec
+
+if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
+    pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+#: An H200, and its clock in MHz.
+H200, MHZ = DeviceLimits(132, 227 << 10, 228 << 10, 90), 1755
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let plans be those for an H200."""
+    with cpu_cuda.device():
+        monkeypatch.setattr(_jit, "device_limits", lambda device: H200)
+        monkeypatch.setattr(_jit, "ctas_that_fit", lambda *arguments: 2)
+        yield
+
+
+def blocks_of(network: Network, row: dict[str, Any]) -> tuple[_fused_network.FusedBlocks, Spec]:
+    """The form of the call that a recorded row has timed, and its image."""
+    shapes = tuple(network.layers)
+    layers = make_chain(
+        (network.shape[1], network.shape[2]), [shape[:2] for shape in shapes], [(1, 1)] * len(shapes),
+        ["SAME"] * len(shapes),
+    )  # fmt: skip
+    rows, name = int(row["parameters"]["active_blocks"]), network.precision.name
+    blocks = _fused_network.FusedBlocks(
+        0, (12, 4), rows, 1, tuple(layers), network.params(row["parameters"]["bsize"]), shapes, name == "tf32"
+    )
+    return blocks, Spec.contiguous(network.shape, np.dtype("float16" if name == "float16" else "float32"), 0)
+
+
+def fused_clocks(network: Network, row: dict[str, Any]) -> float:
+    blocks, x = blocks_of(network, row)
+    if network.kind == "conv":
+        out = Spec.contiguous((*x.shape[:3], blocks.shapes[0][3]), x.dtype, 0)
+        return float(_fused_network.plan_conv("fused", blocks, x, out, IDENTITY).clocks)
+    plan = _fused_network.plan_bottleneck("fused", blocks, x, x, True, True, False)
+    assert plan is not None
+    return float(sum(step.clocks for step in plan.steps))
+
+
+def recorded(kind: str, engine: str) -> Iterator[tuple[Network, dict[str, Any]]]:
+    """Rows that name an engine."""
+    rows = json.loads((RESULTS / f"{kind}.json").read_text())["results"]
+    by_name = {network.name: network for network in networks(kind, False)}
+    for row in rows:
+        if row["implementation"] == f"sbnet_cupy, {engine} engine" and row["median_us"]:
+            yield by_name[row["case"].split(", ")[0]], row
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("kind", ["conv", "bottleneck"])
+def test_the_models_agree_with_the_record(kind: str) -> None:
+    """Of both engines: within a third of each time, and within an eighth on average."""
+    fused = [(fused_clocks(*found), found[1]["median_us"]) for found in recorded(kind, "fused")]
+    composed = []
+    for engine in ("cublas", "cudnn"):
+        for network, row in recorded(kind, engine):
+            if (network.precision.name == "float32") == (engine == "cublas"):
+                blocks, x = blocks_of(network, row)
+                composed.append((blocks.composed_clocks(x.itemsize), row["median_us"]))
+    for found in (fused, composed):
+        assert len(found) == 12
+        errors = [math.log(clocks / MHZ / us) for clocks, us in found]
+        assert max(map(abs, errors)) < math.log(4 / 3), errors
+        assert abs(np.mean(errors)) < math.log(9 / 8)
+
+
+def test_clocks_of_the_composed_engine() -> None:
+    """More work takes longer; features fill up the tiles of cuDNN's kernels, but not those of plain float32."""
+    small = StackConv(ConvSize(9, 64, 64), 3000, 2000)
+
+    def clocks(*convs: StackConv, itemsize: int = 4, tf32: bool = True, multiprocessors: int = 132) -> float:
+        return composed_clocks(convs, itemsize, tf32, multiprocessors)
+
+    usual = clocks(small)
+    assert clocks(small._replace(target=2001)) > usual
+    assert clocks(small._replace(source=3001)) > usual
+    assert clocks(small, small) > usual > clocks(small, itemsize=2)
+    assert clocks(small, tf32=False) > usual
+    assert clocks(small, itemsize=2, tf32=False) == clocks(small, itemsize=2)
+    assert clocks(small, multiprocessors=66) > usual
+    narrow, wide = (StackConv(ConvSize(9, 64, features), 0, 10**6) for features in (1, 128))
+    assert clocks(narrow) / clocks(wide) > 0.5
+    assert clocks(narrow, tf32=False) / clocks(wide, tf32=False) < 0.2
