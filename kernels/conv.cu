@@ -261,12 +261,12 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
                 const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
                 const bool inside = target.contains(y, x);
                 if (y >= tile.y.size || x >= tile.x.size || (!inside && !stack)) continue;
-                float number[2] = {0.0f, 0.0f};
+                float number[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    if (!inside) continue;
                     number[i] = affine(sum[2 * r + i], i);
                     if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought.of_pixel[r].lane[i]);
+                    if (!inside) number[i] = 0.0f;
                 }
                 put_pair<T, Form>(to + (target.offset(y, x) + place), number, feature + 1 < features,
                                   target.channel_stride);

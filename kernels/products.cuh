@@ -207,6 +207,7 @@ struct Plain {
 };
 
 // A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
+// Mirrored by steps_ahead of _fused_clocks.py.
 template <typename Products, int kN>
 struct DistantWeights {
     static constexpr int kAhead = kN > 6 ? 1 : kN > 4 ? 2 : kN > 2 ? 3 : kN == 2 ? 6 : 8;

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ._fused_clocks import CHUNK, CONV_TENSOR, PLAIN, WAITS, Clocks, product_clocks
+from ._fused_clocks import CONV_TENSOR, PLAIN, WAITS, Clocks, product_clocks
 from ._fused_plan import (
     FEW_SUMS,
     MOST_SUMS,
@@ -25,12 +25,15 @@ from ._warps import ROWS, WarpLayout, warp_layouts
 #: Sums of a warp where windows come in chunks, in place of MOST_SUMS.
 _CHUNK_SUMS = 12
 
+#: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them.
+_CHUNK, _PLAIN_CHUNK = 800, 1600
+
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 22, 44
 
 #: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
 #: of 16 x 8 sums.
-_ACTIVATION, _RESIDUAL = 1.3, 760
+_ACTIVATION, _RESIDUAL = 2.8, 900
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,10 @@ def conv_residents(
 ) -> Iterator[tuple[int, int]]:
     """How many CTAs a multiprocessor may hold at a time, and the shared memory that each asks for then."""
     yield 1, alone(shared, limits)
-    sums, is_deep = layout.m * layout.n, layout.depth > 1
-    chunks_and_more = problem.packing.chunks > 1 and (is_deep or problem.activates)
+    sums = layout.m * layout.n
+    chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
     steps_around = problem.adds or (problem.activates and sums > 4)
-    wide_and_deep = is_deep and 4 <= layout.n <= 6 and sums > 4
-    spills = sums > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or steps_around or wide_and_deep))
+    spills = sums > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or steps_around))
     if may_share(ctas, limits) and shared <= room_beside(limits) and not spills:
         yield 2, shared
 
@@ -116,10 +118,10 @@ def conv_clocks(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> f
     """The model of a convolution."""
     packing, layout = problem.packing, plan.layout
     itemsize = PIECE_BYTES // packing.lanes
+    rates, chunk = (CONV_TENSOR, _CHUNK) if problem.uses_tensor_cores else (PLAIN, _PLAIN_CHUNK)
     results = plan.tile[0] * plan.tile[1] * layout.columns * itemsize
     windows = packing.chunks * plan.window_bytes * (1 + (_ACTIVATION if problem.activates else 0))
     residual = _RESIDUAL * math.ceil(layout.m * layout.n / layout.depth) if problem.adds else 0
-    tile = Clocks(WAITS + (packing.chunks - 1) * CHUNK + residual, windows / _BROUGHT + results / _WRITTEN)
-    rates = CONV_TENSOR if problem.uses_tensor_cores else PLAIN
+    tile = Clocks(WAITS + (packing.chunks - 1) * chunk + residual, windows / _BROUGHT + results / _WRITTEN)
     tile += product_clocks(layout, packing.chunks * packing.steps, itemsize, rates)
     return tile.of(plan.grid[0] * plan.grid[1], plan.resident, limits.multiprocessors)
