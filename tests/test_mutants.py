@@ -1659,7 +1659,7 @@ conv-padding-of-a-stack: conv.cu, layers
 + y.first) * Shape::kStrideH - static_cast<int>(c.height.pad);
 
 conv-outside-of-a-stack: conv.cu, layers
-- if (!inside) continue;
+- if (!inside) number[i] = 0.0f;
 +
 
 conv-last-feature: conv.cu, conv_plain
