@@ -30,9 +30,9 @@ class Rates(NamedTuple):
 
 
 # The model was fitted to 2355 plans of 474 convolutions and 4816 of 435 bottlenecks on an H200: stages of ResNets in
-# three arithmetics, with all block sizes, masks and sparsities of the benchmark. Its root mean square error is 7 to 9 %.
-# Of the plans that were measured for a problem, the one it picks takes 1.015 (convolutions) and 1.009 (bottlenecks) of
-# the best one's time on average, and 1.05 and 1.03 at the 90th percentile.
+# three arithmetics, with all block sizes, masks and sparsities of the benchmark. Its root mean square error is 7 % to
+# 9 %. Of the plans that were measured for a problem, the one it picks takes 1.015 (convolutions) and 1.009
+# (bottlenecks) of the best one's time on average, and 1.05 and 1.03 at the 90th percentile.
 
 #: On tensor cores, in a convolution and in a bottleneck; and without them.
 CONV_TENSOR = Rates(600, 2, 20, 290, 5.6, 1.8, 480, 180, 80)
