@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
 
     if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
-    list_pieces<typename Shape::Rows, typename Shape::ChunkDepth>(offsets);
+    list_pieces<typename Shape::Rows, typename Shape::ChunkDepth, true>(offsets);
     wait_for_earlier_kernels();
 
     const int64 active = *c.bin_counts;

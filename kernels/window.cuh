@@ -202,14 +202,19 @@ struct Depth {
     static constexpr int kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
 };
 
-// Where the pieces of a row of such an implicit matrix lie.
-template <typename Rows, typename Depth>
+// Where the pieces of a row of such an implicit matrix lie. kOneChunk, for a depth of one chunk, divides less and is
+// unrolled. It is for the convolution alone: the loop decides in which order the compiler puts all that follows in a
+// kernel, and bottlenecks, which have three lists, would take up to two registers more.
+template <typename Rows, typename Depth, bool kOneChunk = false>
 __device__ inline void list_pieces(int* offsets) {
+    static_assert(!kOneChunk || Depth::kSteps == Depth::kChunkSteps, "there is one chunk");
     constexpr int kRoom = Depth::kChunkSteps * kStepPieces;
-#pragma unroll 1
+    constexpr int kUnroll = kOneChunk ? 4 : 1;
+#pragma unroll kUnroll
     for (int k = threadIdx.x; k < Depth::kSteps * kStepPieces; k += kProductThreads) {
-        const int position = k % kRoom / Depth::kChunk;
-        const int piece = k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
+        const int chunk = kOneChunk ? 0 : k / kRoom, within = kOneChunk ? k : k % kRoom;
+        const int position = within / Depth::kChunk;
+        const int piece = chunk * Depth::kChunk + within % Depth::kChunk;
         const int dy = position / Depth::kKernelW, dx = position % Depth::kKernelW;
         const bool exists = position < Depth::kPositions && piece < Depth::kPieces;
         offsets[k] = exists ? Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;

@@ -1711,8 +1711,8 @@ bottleneck-halo: window.cuh, bottleneck
 + exists ? Rows::offset(dy, 0)
 
 bottleneck-chunk: window.cuh, bottleneck_chunks
-- k / kRoom * Depth::kChunk + k % kRoom % Depth::kChunk;
-+ k % kRoom % Depth::kChunk;
+- chunk * Depth::kChunk + within % Depth::kChunk;
++ within % Depth::kChunk;
 
 bottleneck-room-of-a-chunk: window.cuh, bottleneck_chunks
 - kRoom = Depth::kChunkSteps * kStepPieces;
