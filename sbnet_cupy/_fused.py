@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
-from ._fused_bottleneck_plan import BottleneckPlan, BottleneckProblem, bottleneck_clocks, plan_bottleneck
+from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, bottleneck_clocks, plan_bottleneck
 from ._fused_conv_plan import ConvPlan, ConvProblem, conv_clocks, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
 from ._fused_plan import DeviceLimits
@@ -70,7 +70,7 @@ class Ready(NamedTuple):
     """A call that can be run; without a launch if it has nothing to write."""
 
     launch: Launch | None
-    #: How long it takes, by the model.
+    #: How long it takes, by the model, and what must follow it.
     clocks: float = 0
 
 
@@ -236,7 +236,10 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
         image=call.layer.out_size,
     )
     plan = plan_bottleneck(problem, limits)
-    if plan is None or (clocks := bottleneck_clocks(plan, problem, limits)) > most_clocks:
+    if plan is None:
+        return None
+    clocks = bottleneck_clocks(plan, problem, limits) + (SCATTER if call.is_stack else 0)
+    if clocks > most_clocks:
         return None
     if call.in_place and plan.ctas > plan.resident * limits.multiprocessors:
         return None

@@ -22,7 +22,6 @@ from ._engine import (
     prefers_gathering,
     size_obstacle,
 )
-from ._fused_bottleneck_plan import SCATTER
 from ._fused_form import BottleneckCall, ConvCall, Side
 from ._pack_weights import PackedBottleneck
 from ._packing import PackedWeights, is_whole, packing_of
@@ -163,15 +162,15 @@ def plan_bottleneck(
     for route in bottleneck_routes(blocks.shapes, blocks.layers[1].strides, projects, in_place):
         if route is Route.LAYERS:
             calls = _layer_calls(blocks, x, out, (first, second), activates, out if projects else x)
-            steps, more = _prepare_layers(calls, most), 0
+            steps = _prepare_layers(calls, most)
         else:
-            target, more = (Side(out), 0) if route is Route.DIRECT else (Side(third, True), SCATTER)
+            target = Side(out) if route is Route.DIRECT else Side(third, True)
             call = blocks.bottleneck_call(x, target, in_place and route is Route.DIRECT, activates)
-            step = _device.fused().prepare_bottleneck(call, most - more)
+            step = _device.fused().prepare_bottleneck(call, most)
             steps = () if step is None else (step,)
         if steps:  # no slower than the best way so far
             best = BottleneckPlan(route, steps, tuple(stack.shape for stack in stacks[route]))
-            most = sum(step.clocks for step in steps) + more
+            most = sum(step.clocks for step in steps)
     if best is None:
         may_fuse(engine, _NO_PLAN)
     return best

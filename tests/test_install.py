@@ -223,6 +223,14 @@ def test_import_leaves_optional_packages_alone_without_a_device(
     assert not {"cupy", "matplotlib", "skimage", "torch", "tqdm"} & set(loaded)
 
 
+def test_import_leaves_plans_to_the_first_call_that_needs_them(tmp_path: Path) -> None:
+    code = "import sys, sbnet_cupy; print(*sys.modules)"
+    loaded = from_checkout(sys.executable, "-c", code, cwd=tmp_path).split()
+    assert "sbnet_cupy._fused_network" in loaded
+    plans = {"_fused", "_fused_plan", "_fused_conv_plan", "_fused_bottleneck_plan", "_fused_clocks", "_warps"}
+    assert not {f"sbnet_cupy.{name}" for name in plans} & set(loaded)
+
+
 def copied_sources(folder: Path) -> dict[str, Any]:
     """Return the functions of a copy of ``_sources.py`` that lies in `folder`/sbnet_cupy."""
     target = folder / "sbnet_cupy" / "_sources.py"
