@@ -12,8 +12,8 @@ import numpy as np
 
 from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
-from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, bottleneck_clocks, plan_bottleneck
-from ._fused_conv_plan import ConvPlan, ConvProblem, conv_clocks, plan_conv
+from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, plan_bottleneck
+from ._fused_conv_plan import ConvPlan, ConvProblem, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
 from ._fused_plan import DeviceLimits
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
@@ -117,19 +117,19 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
         ksize=call.layer.ksize,
         strides=call.layer.strides,
         block=call.grid.bsize,
-        rows=call.rows,
         uses_tensor_cores=tensor,
         activates=call.activates,
         adds=call.residual is not None,
     )
-    plan = plan_conv(problem, limits)
-    if plan is None or (clocks := conv_clocks(plan, problem, limits)) > most_clocks:
+    plan, clocks = plan_conv(problem, call.rows, limits)
+    if plan is None or clocks > most_clocks:
         return None
     rounds = tensor and dtype.itemsize == 4 and not call.activates
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
     products, layout = products_of(dtype, tensor, rounds), plan.layout.expression
     instance = conv_instance(products, layout, shape, _conv_form(call), plan.resident)
-    return Ready(Launch(instance, plan.grid, plan.shared, _conv_argument(call, plan)), clocks)
+    grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
+    return Ready(Launch(instance, grid, plan.shared, _conv_argument(call, plan)), clocks)
 
 
 def _conv_form(call: ConvCall) -> tuple[bool, ...]:
@@ -230,18 +230,11 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
         itemsize=dtype.itemsize,
         ksize=call.layer.ksize,
         block=call.grid.bsize,
-        rows=call.rows,
         uses_tensor_cores=tensor,
-        in_place=call.in_place,
-        image=call.layer.out_size,
     )
-    plan = plan_bottleneck(problem, limits)
-    if plan is None:
-        return None
-    clocks = bottleneck_clocks(plan, problem, limits) + (SCATTER if call.is_stack else 0)
-    if clocks > most_clocks:
-        return None
-    if call.in_place and plan.ctas > plan.resident * limits.multiprocessors:
+    plan, clocks = plan_bottleneck(problem, call.rows, limits, call.layer.out_size, call.in_place)
+    clocks += SCATTER if call.is_stack else 0
+    if plan is None or clocks > most_clocks:
         return None
     chunks = (product.packing.chunk for product in problem.products)
     numbers = (channels, call.inner, *plan.tile, *call.layer.ksize, *chunks)
@@ -249,12 +242,10 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
     instance = bottleneck_instance(
         products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts, plan.resident
     )
-    if call.in_place:
-        resident = _jit.ctas_that_fit(instance, THREADS, plan.shared)
-        if plan.ctas > resident * limits.multiprocessors:
-            return None
-    meets_on = call.device if call.in_place else -1
-    launch = Launch(instance, (plan.ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on)
+    ctas, meets_on = call.rows * plan.ctas, call.device if call.in_place else -1
+    if call.in_place and ctas > _jit.ctas_that_fit(instance, THREADS, plan.shared) * limits.multiprocessors:
+        return None
+    launch = Launch(instance, (ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on)
     return Ready(launch, clocks)
 
 

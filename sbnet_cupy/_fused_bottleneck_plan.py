@@ -16,6 +16,7 @@ from ._fused_plan import (
     DeviceLimits,
     Pair,
     alone,
+    are_enough,
     may_share,
     room_beside,
     tiles_in_image,
@@ -52,7 +53,7 @@ SCATTER = 4800
 
 @dataclass(frozen=True)
 class BottleneckProblem:
-    """What decides how a bottleneck is cut."""
+    """What decides how a bottleneck may be cut, whatever the number of its blocks."""
 
     channels: int
     inner: int
@@ -61,12 +62,7 @@ class BottleneckProblem:
     ksize: Pair
     #: Output pixels of a block.
     block: Pair
-    rows: int
     uses_tensor_cores: bool
-    #: Whether more tiles than run at the same time need a stack, and a scatter.
-    in_place: bool = False
-    #: Pixels of an image. Tiles outside of it are left out.
-    image: Pair | None = None
 
     @property
     def products(self) -> tuple[Product, Product, Product]:
@@ -74,9 +70,8 @@ class BottleneckProblem:
         return _products_of(self.channels, self.inner, self.itemsize, self.ksize, self.uses_tensor_cores)
 
 
-@dataclass(frozen=True)
-class BottleneckPlan:
-    """How a bottleneck is cut."""
+class BottleneckPlan(NamedTuple):
+    """How a bottleneck is cut, whatever the number of its blocks."""
 
     tile: Pair
     tiles: Pair
@@ -86,9 +81,15 @@ class BottleneckPlan:
     #: Parts of its channels in which the input is brought.
     parts: int
     shared: int
-    ctas: int
     #: CTAs that a multiprocessor holds at a time.
     resident: int
+    #: What a CTA takes.
+    clocks: Clocks
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a block."""
+        return self.tiles[0] * self.tiles[1]
 
 
 class Product(NamedTuple):
@@ -135,31 +136,62 @@ def _products_of(
     return first, second, third
 
 
+def plan_bottleneck(
+    problem: BottleneckProblem, rows: int, limits: DeviceLimits, image: Pair | None = None, in_place: bool = False
+) -> tuple[BottleneckPlan | None, float]:
+    """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits.
+
+    `image` has the pixels of an image: tiles outside of it are left out. In place, all CTAs run at the same time.
+    """
+    timed = (
+        (plan, bottleneck_clocks(plan, problem, rows, limits, image))
+        for plan in bottleneck_plans(problem, limits)
+        if are_enough(rows * plan.ctas, plan.resident, limits)
+        and not (in_place and rows * plan.ctas > plan.resident * limits.multiprocessors)
+    )
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+
+
+def bottleneck_clocks(
+    plan: BottleneckPlan, problem: BottleneckProblem, rows: int, limits: DeviceLimits, image: Pair | None
+) -> float:
+    """The model of a bottleneck."""
+    inside = tiles_in_image(rows, plan.tile, problem.block, image)
+    return plan.clocks.of_mask(rows * plan.ctas, inside, plan.resident, limits.multiprocessors)
+
+
 @functools.lru_cache(maxsize=1024)
-def plan_bottleneck(problem: BottleneckProblem, limits: DeviceLimits) -> BottleneckPlan | None:
-    """The plan that the model takes for fastest; None if none fits into the shared memory of a CTA."""
-    plans = list(bottleneck_plans(problem, limits))
-    return min(plans, key=lambda plan: bottleneck_clocks(plan, problem, limits), default=None)
-
-
-def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> Iterator[BottleneckPlan]:
+def bottleneck_plans(problem: BottleneckProblem, limits: DeviceLimits) -> tuple[BottleneckPlan, ...]:
     """All plans that fit, with the best layouts for each size of tiles."""
     if problem.channels % COLUMNS or problem.inner % COLUMNS:
-        return
-    for tile, resident in itertools.product(tiles_of(problem.block), (1, 2)):
-        tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
-        ctas = problem.rows * tiles[0] * tiles[1]
-        if resident > 1 and not may_share(ctas, limits):
+        return ()
+    residents = (1, 2) if may_share(limits) else (1,)
+    tiles = itertools.product(tiles_of(problem.block), residents)
+    return tuple(itertools.chain.from_iterable(_plans_of(tile, resident, problem, limits) for tile, resident in tiles))
+
+
+def _plans_of(tile: Pair, resident: int, problem: BottleneckProblem, limits: DeviceLimits) -> Iterator[BottleneckPlan]:
+    """Plans with tiles of a size, with the weights near for which their layouts leave room."""
+    products, rows = problem.products, rows_of(tile, problem.ksize)
+    tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
+    whole = limits.cta_shared if resident == 1 else room_beside(limits)
+    room = whole - _fixed_bytes(tile, problem)
+    weights = sum(product.weight_bytes for product in products if product.may_be_near)
+    # What warps exchange takes room from weights that could be near: with all of the room, and with what is left.
+    for layouts in dict.fromkeys(_layouts(tile, resident, most, problem) for most in (room, room - weights)):
+        if layouts is None:
             continue
-        room = limits.cta_shared if resident == 1 else room_beside(limits)
-        room -= _fixed_bytes(tile, problem)
-        weights = sum(product.weight_bytes for product in problem.products if product.may_be_near)
-        # What warps exchange takes room from weights that could be near: with all of the room, and with what is left.
-        for layouts in dict.fromkeys(_layouts(tile, resident, left, problem) for left in (room, room - weights)):
-            if layouts is not None:
-                plan = _with_layouts(tile, tiles, ctas, resident, layouts, problem, limits)
-                if plan is not None:
-                    yield plan
+        near, left = 0, room - max(map(_exchanged_bytes, products, layouts))
+        for product, layout in zip(products, layouts):
+            if layout.warps_m > 1 and product.may_be_near and product.weight_bytes <= left:
+                near |= 1 << product.number
+                left -= product.weight_bytes
+        if resident > 1 and not _takes_half_the_registers(near, problem):
+            continue
+        parts = window_parts(products[0], rows[0]) if near & 1 else 1
+        shared = alone(whole - left, limits) if resident == 1 else whole - left
+        clocks = _tile_clocks(tile, layouts, near, problem) * (_BESIDE if resident > 1 else 1)
+        yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, resident, clocks)
 
 
 Layouts = tuple[WarpLayout, WarpLayout, WarpLayout]
@@ -206,32 +238,6 @@ def _ranked_layouts(product: Product, row_tiles: int, resident: int) -> tuple[Wa
 def _exchanged_bytes(product: Product, layout: WarpLayout) -> int:
     """Shared memory in which warps exchange parts of sums or, of the last product, lay out results."""
     return layout.result_bytes if product.is_last else layout.exchanged_bytes
-
-
-def _with_layouts(
-    tile: Pair,
-    tiles: Pair,
-    ctas: int,
-    resident: int,
-    layouts: Layouts,
-    problem: BottleneckProblem,
-    limits: DeviceLimits,
-) -> BottleneckPlan | None:
-    """The plan with such layouts, and with the weights near for which there is room."""
-    products = problem.products
-    shared = _fixed_bytes(tile, problem) + max(map(_exchanged_bytes, products, layouts))
-    room = limits.cta_shared if resident == 1 else room_beside(limits)
-    near = 0
-    for product, layout in zip(products, layouts):
-        if layout.warps_m > 1 and product.may_be_near and shared + product.weight_bytes <= room:
-            near |= 1 << product.number
-            shared += product.weight_bytes
-    if resident == 1:
-        shared = alone(shared, limits)
-    elif not _takes_half_the_registers(near, problem):
-        return None
-    parts = window_parts(products[0], rows_of(tile, problem.ksize)[0]) if near & 1 else 1
-    return BottleneckPlan(tile, tiles, layouts, near, parts, shared, ctas, resident)
 
 
 def _takes_half_the_registers(near: int, problem: BottleneckProblem) -> bool:
@@ -281,16 +287,10 @@ def _activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
     return WARPS / 4 * words * _ACTIVATION[itemsize]
 
 
-def bottleneck_clocks(plan: BottleneckPlan, problem: BottleneckProblem, limits: DeviceLimits) -> float:
-    """The model of a bottleneck."""
-    rows = rows_of(plan.tile, problem.ksize)
-    tile = Clocks(WAITS + 2 * BETWEEN, (rows[0] + 2 * rows[1]) * problem.channels * problem.itemsize / IMAGES)
-    for product, layout, count in zip(problem.products, plan.layouts, rows):
-        is_near = bool(plan.near >> product.number & 1)
-        tile += _product_clocks(product, layout, math.ceil(count / ROWS), is_near)
-    if plan.resident > 1:
-        tile *= _BESIDE
-    inside = tiles_in_image(problem.rows, plan.tile, problem.block, problem.image)
-    clocks = tile.of_mask(plan.ctas, inside, plan.resident, limits.multiprocessors)
-    scatters = problem.in_place and plan.ctas > plan.resident * limits.multiprocessors
-    return clocks + (SCATTER if scatters else 0)
+def _tile_clocks(tile: Pair, layouts: Layouts, near: int, problem: BottleneckProblem) -> Clocks:
+    """What a tile takes that has a multiprocessor for itself."""
+    rows = rows_of(tile, problem.ksize)
+    clocks = Clocks(WAITS + 2 * BETWEEN, (rows[0] + 2 * rows[1]) * problem.channels * problem.itemsize / IMAGES)
+    for product, layout, count in zip(problem.products, layouts, rows):
+        clocks += _product_clocks(product, layout, math.ceil(count / ROWS), bool(near >> product.number & 1))
+    return clocks

@@ -67,11 +67,14 @@ class Clocks:
         """Clocks of a tile that has a multiprocessor for itself."""
         return self.waits + self.works
 
+    def together(self, count: int) -> float:
+        """Clocks of so many tiles that are on a multiprocessor at a time."""
+        return self.waits + count * self.works
+
     def of(self, ctas: int, resident: int, multiprocessors: int) -> float:
         """Clocks of so many tiles, each a CTA, of which each multiprocessor holds some at a time."""
         rounds, rest = divmod(math.ceil(ctas / multiprocessors), resident)
-        last = self.waits + rest * self.works if rest else 0.0
-        return rounds * (self.waits + resident * self.works) + last
+        return rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
 
     def of_mask(self, ctas: int, inside: int, resident: int, multiprocessors: int) -> float:
         """Clocks of tiles of which so many lie in the image, if the mask has its share of the last blocks; or all."""

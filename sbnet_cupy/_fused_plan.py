@@ -82,9 +82,14 @@ _RESERVED = 1024
 _SHARING = 90
 
 
-def may_share(ctas: int, limits: DeviceLimits) -> bool:
-    """Whether two of so many CTAs may be on a multiprocessor at a time, if it has room for them."""
-    return limits.capability == _SHARING and ctas > limits.multiprocessors
+def may_share(limits: DeviceLimits) -> bool:
+    """Whether two CTAs may be on a multiprocessor at a time, if it has room for them."""
+    return limits.capability == _SHARING
+
+
+def are_enough(ctas: int, resident: int, limits: DeviceLimits) -> bool:
+    """Whether there are so many CTAs that a multiprocessor holds as many at a time as a plan is made for."""
+    return ctas > (resident - 1) * limits.multiprocessors
 
 
 def room_beside(limits: DeviceLimits) -> int:

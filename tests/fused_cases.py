@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ Pick = Callable[[list[Any], Any], Any]
 #: Plans that the model would not take for small problems, by name: one of all that fit, or the model's with a change.
 #: A name that is of one kind alone leaves the other the model's.
 CONV_PLANS: dict[str, Pick] = {
-    "split": lambda plans, chosen: max(plans, key=lambda plan: plan.grid[1]),
+    "split": lambda plans, chosen: max(plans, key=lambda plan: plan.splits),
     "tiles": lambda plans, chosen: max(  # that hang over the block
         plans, key=lambda plan: (math.prod(plan.tiles) > 1, sum(map(math.prod, zip(plan.tile, plan.tiles))))
     ),
@@ -65,11 +65,11 @@ CONV_PLANS: dict[str, Pick] = {
 }
 BOTTLENECK_PLANS: dict[str, Pick] = {
     "tiles": CONV_PLANS["tiles"],
-    "distant": lambda plans, chosen: replace(chosen, near=0, parts=1),
-    "near-second": lambda plans, chosen: replace(chosen, near=2, parts=1, shared=chosen.shared + ROOM),
-    "parts": lambda plans, chosen: replace(chosen, near=chosen.near | 1, parts=2, shared=chosen.shared + ROOM),
-    "passes": lambda plans, chosen: replace(
-        chosen, layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1)), shared=chosen.shared + ROOM
+    "distant": lambda plans, chosen: chosen._replace(near=0, parts=1),
+    "near-second": lambda plans, chosen: chosen._replace(near=2, parts=1, shared=chosen.shared + ROOM),
+    "parts": lambda plans, chosen: chosen._replace(near=chosen.near | 1, parts=2, shared=chosen.shared + ROOM),
+    "passes": lambda plans, chosen: chosen._replace(
+        layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1)), shared=chosen.shared + ROOM
     ),
 }
 
@@ -88,13 +88,15 @@ def planned(name: str) -> Iterator[None]:
 
     caches = [f for module in (_conv, _bottleneck) for f in vars(module).values() if hasattr(f, "cache_clear")]
 
-    def plan_conv(problem: Any, limits: Any) -> Any:
+    def plan_conv(problem: Any, rows: int, limits: Any) -> Any:
+        chosen, clocks = _fused_conv_plan.plan_conv(problem, rows, limits)
         plans = list(_fused_conv_plan.conv_plans(problem, limits))
-        return CONV_PLANS.get(name, _chosen)(plans, _fused_conv_plan.plan_conv(problem, limits))
+        return chosen and CONV_PLANS.get(name, _chosen)(plans, chosen), clocks
 
-    def plan_bottleneck(problem: Any, limits: Any) -> Any:
+    def plan_bottleneck(problem: Any, rows: int, limits: Any, *options: Any) -> Any:
+        chosen, clocks = _fused_bottleneck_plan.plan_bottleneck(problem, rows, limits, *options)
         plans = list(_fused_bottleneck_plan.bottleneck_plans(problem, limits))
-        return BOTTLENECK_PLANS.get(name, _chosen)(plans, _fused_bottleneck_plan.plan_bottleneck(problem, limits))
+        return chosen and BOTTLENECK_PLANS.get(name, _chosen)(plans, chosen), clocks
 
     real_layers = _fused_network._prepare_layers
 

@@ -180,7 +180,7 @@ def test_auto_takes_the_faster_engine(
     """By the models: the fused kernels, unless all that they launch takes longer. No route: a convolution."""
     calls, took = Calls(xp), []
     call, options = (calls.conv, {}) if route is None else (calls.block, {"out": calls.x} if place else {})
-    for name in ("conv_clocks", "bottleneck_clocks"):
+    for name in ("plan_conv", "plan_bottleneck"):
         real = getattr(_fused, name)
         monkeypatch.setattr(_fused, name, lambda *args, real=real: took.append(real(*args)) or took[-1])
     monkeypatch.setattr("sbnet_cupy._fused_network.bottleneck_routes", lambda *arguments: (route,))
@@ -189,7 +189,7 @@ def test_auto_takes_the_faster_engine(
     kernels = {Route.DIRECT: {"bottleneck.cu"}, Route.STACK: {"bottleneck.cu", "scatter.cu"}}
     assert fused == kernels.get(route, {"conv.cu"})  # type: ignore[arg-type]
     assert len(took) == (3 if route is Route.LAYERS else 1)
-    whole = sum(took) + (SCATTER if route is Route.STACK else 0)
+    whole = sum(clocks for _, clocks in took) + (SCATTER if route is Route.STACK else 0)
     let_composed_take(whole * 1.0001, monkeypatch)
     assert kernels_of(xp, call, **options) == fused
     let_composed_take(whole * 0.9999, monkeypatch)
@@ -201,6 +201,7 @@ def test_auto_takes_the_faster_engine(
 def test_the_fastest_way_through_a_bottleneck(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(xp)
     everywhere = BlockIndices(*map(xp.asarray, block_indices(np.ones((1, 9, 11), bool), calls.params)))
+    conv, bottleneck = _fused.plan_conv, _fused.plan_bottleneck
     for indices, options, one_launch, more in (
         (calls.indices, {}, {"bottleneck.cu"}, 0),
         (calls.indices, {"out": calls.x}, {"bottleneck.cu"}, 0),
@@ -208,8 +209,8 @@ def test_the_fastest_way_through_a_bottleneck(xp: Any, monkeypatch: pytest.Monke
     ):
         calls.indices = indices
         for clocks, expected in ((30 * SCATTER - more, one_launch), (30 * SCATTER - more + 1, {"conv.cu"})):
-            monkeypatch.setattr(_fused, "conv_clocks", lambda *arguments: 10 * SCATTER)
-            monkeypatch.setattr(_fused, "bottleneck_clocks", lambda *arguments, clocks=clocks: clocks)
+            monkeypatch.setattr(_fused, "plan_conv", lambda *args: (conv(*args)[0], 10 * SCATTER))
+            monkeypatch.setattr(_fused, "plan_bottleneck", lambda *args, clocks=clocks: (bottleneck(*args)[0], clocks))
             _bottleneck.prepare.cache_clear()
             assert kernels_of(xp, calls.block, engine="fused", **options) == expected
 

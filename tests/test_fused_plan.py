@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ from sbnet_cupy._fused_bottleneck_plan import (
     rows_of,
 )
 from sbnet_cupy._fused_clocks import Clocks, steps_ahead
-from sbnet_cupy._fused_conv_plan import ConvPlan, ConvProblem, conv_clocks, conv_plans, plan_conv
+from sbnet_cupy._fused_conv_plan import ConvPlan, ConvProblem, conv_plans, plan_conv
 from sbnet_cupy._fused_plan import MOST_SUMS, DeviceLimits, row_pieces, tiles_in_image, tiles_of, window_bytes
 from sbnet_cupy._packing import packing_of
 from sbnet_cupy._warps import ROWS, WARPS, WarpLayout
@@ -33,6 +33,7 @@ LIMITS = (
     DeviceLimits(4, 99 << 10, 100 << 10, 90),
 )
 
+counts = st.integers(1, 5000)
 pairs = st.tuples(st.integers(1, 7), st.integers(1, 7))
 blocks = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -46,7 +47,7 @@ def conv_problems(draw: st.DrawFn) -> ConvProblem:
         ksize,
         draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
         draw(blocks),
-        draw(st.integers(1, 5000)),
+        draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
     )
@@ -71,32 +72,44 @@ def check_conv(plan: ConvPlan, problem: ConvProblem, limits: DeviceLimits) -> No
     packing = problem.packing
     check_tiles(plan.tile, plan.tiles, problem.block)
     check_layout(plan.layout, plan.tile[0] * plan.tile[1], 8 * packing.columns)
-    for window, tile, kernel, stride in zip(plan.window, plan.tile, problem.ksize, problem.strides):
-        assert window == (tile - 1) * stride + kernel
-    assert plan.window_bytes == window_bytes(packing.chunk, plan.window, plan.tile[1], problem.strides)
+    height, width = ((t - 1) * s + k for t, s, k in zip(plan.tile, problem.strides, problem.ksize))
     # What kernels/conv.cu lays out, one after another.
-    windows = plan.window_bytes * (2 if packing.chunks > 1 else 1)
+    windows = window_bytes(packing.chunk, (height, width), plan.tile[1], problem.strides)
+    windows *= 2 if packing.chunks > 1 else 1
     exchanged = WARPS * plan.layout.m * plan.layout.n * 32 * 16 if plan.layout.depth > 1 else 0
     source = 2 * 4 * packing.chunk * packing.lanes * packing.chunks if problem.activates else 0
     needed = 16 + 4 * 4 * packing.steps + 2 * 4 * plan.layout.columns + source + max(windows, exchanged)
     assert needed <= plan.shared <= limits.cta_shared
-    assert plan.grid[0] == problem.rows * plan.tiles[0] * plan.tiles[1]
-    assert plan.grid[1] * plan.layout.columns == 8 * packing.columns
-    assert plan.grid[2] == 1
+    assert plan.splits * plan.layout.columns == 8 * packing.columns
+    assert plan.ctas == math.prod(plan.tiles) * plan.splits
     # As many CTAs fit beside each other as are to, and no more.
     beside = limits.multiprocessor_shared // (plan.shared + 1024)
     assert plan.resident == 2 <= beside if plan.resident > 1 else beside <= 1
-    assert plan.resident == 1 or (math.prod(plan.grid) > limits.multiprocessors and limits.capability == 90)
+    assert plan.resident == 1 or limits.capability == 90
 
 
-@given(conv_problems(), st.sampled_from(LIMITS))
-def test_plans_of_convolutions(problem: ConvProblem, limits: DeviceLimits) -> None:
+def fastest(timed: list[tuple[Any, float]]) -> tuple[Any, float]:
+    """The first plan that takes least, and its clocks."""
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+
+
+def is_crowded(plan: Any, rows: int, limits: DeviceLimits) -> bool:
+    """Whether some multiprocessor has as many CTAs as the plan is made for."""
+    return plan.resident == 1 or rows * plan.ctas > limits.multiprocessors
+
+
+@given(conv_problems(), counts, st.sampled_from(LIMITS))
+def test_plans_of_convolutions(problem: ConvProblem, rows: int, limits: DeviceLimits) -> None:
     plans = list(conv_plans(problem, limits))
     for plan in plans:
         check_conv(plan, problem, limits)
-    chosen, clocks = plan_conv(problem, limits), [conv_clocks(plan, problem, limits) for plan in plans]
-    assert chosen is None if not plans else conv_clocks(chosen, problem, limits) == min(clocks)  # type: ignore[arg-type]
-    assert chosen in plans if plans else chosen is None
+    for count in (rows, 1, rows + 1):  # what is kept of one call serves the others
+        timed = [
+            (plan, plan.clocks.of(count * plan.ctas, plan.resident, limits.multiprocessors))
+            for plan in plans
+            if is_crowded(plan, count, limits)
+        ]
+        assert plan_conv(problem, count, limits) == fastest(timed)
 
 
 @st.composite
@@ -107,7 +120,6 @@ def bottleneck_problems(draw: st.DrawFn) -> BottleneckProblem:
         draw(st.sampled_from([2, 4])),
         draw(pairs | st.just((3, 3))),
         draw(blocks),
-        draw(st.integers(1, 5000)),
         draw(st.booleans()),
     )
 
@@ -136,18 +148,37 @@ def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: D
     results = WARPS * 16 * (width + (8 if third.n % 2 == 0 else 0)) * 4
     tables = 16 + 16 * sum(steps) + 8 * problem.channels + 16 * problem.inner
     assert tables + near + middle + window + max(*exchanged, results) <= plan.shared <= limits.cta_shared
-    assert plan.ctas == problem.rows * plan.tiles[0] * plan.tiles[1]
+    assert plan.ctas == math.prod(plan.tiles)
+    assert plan.resident == 1 or limits.capability == 90
 
 
-@given(bottleneck_problems(), st.sampled_from(LIMITS))
-def test_plans_of_bottlenecks(problem: BottleneckProblem, limits: DeviceLimits) -> None:
+@given(bottleneck_problems(), counts, st.sampled_from(LIMITS), st.none() | blocks, st.booleans())
+def test_plans_of_bottlenecks(
+    problem: BottleneckProblem, rows: int, limits: DeviceLimits, image: tuple[int, int] | None, in_place: bool
+) -> None:
     plans = list(bottleneck_plans(problem, limits))
     for plan in plans:
         check_bottleneck(plan, problem, limits)
-    chosen = plan_bottleneck(problem, limits)
-    assert chosen in plans if plans else chosen is None
+    timed = [
+        (plan, bottleneck_clocks(plan, problem, rows, limits, image))
+        for plan in plans
+        if is_crowded(plan, rows, limits)
+    ]
+    if in_place:
+        timed = [pair for pair in timed if rows * pair[0].ctas <= pair[0].resident * limits.multiprocessors]
+    assert plan_bottleneck(problem, rows, limits, image, in_place) == fastest(timed)
     if problem.channels % 8 or problem.inner % 8:
         assert not plans
+
+
+def test_another_number_of_blocks_needs_no_other_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = ConvProblem(packing_of((3, 3, 24, 24), 2), (3, 3), (1, 1), (8, 8), True)
+    block = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), True)
+    for rows in (100, 101):
+        assert plan_conv(conv, rows, LIMITS[0])[0] is not None
+        assert plan_bottleneck(block, rows, LIMITS[0], (rows, rows), bool(rows % 2))[0] is not None
+        for name in ("_fused_conv_plan", "_fused_bottleneck_plan"):
+            monkeypatch.setattr(f"sbnet_cupy.{name}.tiles_of", None)
 
 
 @given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 24), pairs, st.tuples(*[st.sampled_from([1, 3, 5])] * 2))
@@ -169,13 +200,13 @@ def steps_of(problem: BottleneckProblem) -> tuple[int, ...]:
 
 
 def test_steps_of_a_bottleneck() -> None:
-    half = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), 10, True)
+    half = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), True)
     # 12 pieces; 3 pieces at 9 positions, 27, in steps of 4; 3 pieces.
     assert steps_of(half) == (3, 7, 1)
-    single = BottleneckProblem(96, 24, 4, (3, 3), (8, 8), 10, True)
+    single = BottleneckProblem(96, 24, 4, (3, 3), (8, 8), True)
     assert steps_of(single) == (6, 14, 2)
     # Packed in chunks: 66 pieces in 5 of 16; 26 pieces at 9 positions in 4 of 8, 18 steps each; 26 pieces.
-    wide = BottleneckProblem(264, 104, 4, (3, 3), (8, 8), 10, True)
+    wide = BottleneckProblem(264, 104, 4, (3, 3), (8, 8), True)
     assert steps_of(wide) == (20, 72, 7)
 
 
@@ -215,20 +246,20 @@ def test_clocks_of_several_tiles() -> None:
 
 def test_tiles_outside_of_the_image_take_no_time() -> None:
     """Blocks of 16 pixels, in tiles of 8: of an image of 100, half of the last ones' tiles lie in it."""
-    problem = BottleneckProblem(96, 24, 4, (3, 3), (16, 16), 400, True)
+    problem = BottleneckProblem(96, 24, 4, (3, 3), (16, 16), True)
     plan = next(plan for plan in bottleneck_plans(problem, LIMITS[0]) if plan.tile == (8, 8))
-    small, large = (
-        bottleneck_clocks(plan, replace(problem, image=image), LIMITS[0]) for image in ((100, 100), (112, 112))
+    small, large, whole = (
+        bottleneck_clocks(plan, problem, 400, LIMITS[0], image) for image in ((100, 100), (112, 112), None)
     )
-    assert small < large == bottleneck_clocks(plan, problem, LIMITS[0])
+    assert small < large == whole
 
 
 def test_layouts_leave_room_for_larger_tiles() -> None:
     """44 blocks in TF32 on an H200: three tiles each run at the same time, if warps exchange little."""
-    problem = BottleneckProblem(256, 64, 4, (3, 3), (18, 18), 44, True, True)
-    plan = plan_bottleneck(problem, LIMITS[0])
+    problem = BottleneckProblem(256, 64, 4, (3, 3), (18, 18), True)
+    plan, _ = plan_bottleneck(problem, 44, LIMITS[0], in_place=True)
     assert plan is not None
-    assert plan.ctas == 132
+    assert 44 * plan.ctas == 132
 
 
 ARITHMETICS = {"float16": (2, True), "tf32": (4, True), "float32": (4, False)}
@@ -239,8 +270,8 @@ def stage_problems(itemsize: int, tensor: bool) -> Iterator[ConvProblem | Bottle
     for stage in STAGES:
         for block in ((8, 8), (16, 16), (5, 8), (12, 11)):
             packing = packing_of((3, 3, stage.bottleneck, stage.bottleneck), itemsize)
-            yield ConvProblem(packing, (3, 3), (1, 1), block, 200, tensor)
-            yield BottleneckProblem(stage.channels, stage.bottleneck, itemsize, (3, 3), block, 200, tensor)
+            yield ConvProblem(packing, (3, 3), (1, 1), block, tensor)
+            yield BottleneckProblem(stage.channels, stage.bottleneck, itemsize, (3, 3), block, tensor)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -249,8 +280,8 @@ def test_the_benchmarks_problems_have_plans(arithmetic: str) -> None:
     limits, without = LIMITS[0], set()
     for problem in stage_problems(*ARITHMETICS[arithmetic]):
         if isinstance(problem, ConvProblem):
-            assert plan_conv(problem, limits) is not None
-        elif plan_bottleneck(problem, limits) is None:
+            assert plan_conv(problem, 200, limits)[0] is not None
+        elif plan_bottleneck(problem, 200, limits)[0] is None:
             without.add((problem.channels, problem.inner))
     assert without == {(2048, 512)}
 
@@ -258,12 +289,12 @@ def test_the_benchmarks_problems_have_plans(arithmetic: str) -> None:
 def test_wide_bottlenecks_have_none() -> None:
     """Their window does not fit beside the rest; three launches do it."""
     for limits in LIMITS:
-        wide = BottleneckProblem(4096, 1024, 2, (3, 3), (8, 8), 10, True)
-        assert plan_bottleneck(wide, limits) is None
+        wide = BottleneckProblem(4096, 1024, 2, (3, 3), (8, 8), True)
+        assert plan_bottleneck(wide, 10, limits) == (None, math.inf)
     # As wide as a multiprocessor of Hopper allows, but not one of Turing.
-    stage = BottleneckProblem(384, 96, 4, (3, 3), (8, 8), 10, True)
-    assert plan_bottleneck(stage, LIMITS[0]) is not None
-    assert plan_bottleneck(stage, LIMITS[2]) is None
+    stage = BottleneckProblem(384, 96, 4, (3, 3), (8, 8), True)
+    assert plan_bottleneck(stage, 10, LIMITS[0])[0] is not None
+    assert plan_bottleneck(stage, 10, LIMITS[2]) == (None, math.inf)
 
 
 def test_no_layout_leaves_columns() -> None:
