@@ -15,7 +15,6 @@ from ._affine import IDENTITY, Affine
 from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, plan_bottleneck
 from ._fused_conv_plan import ConvPlan, ConvProblem, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
-from ._fused_plan import DeviceLimits
 from ._instances import Instance, bottleneck_instance, conv_instance, pack_instance, products_of
 from ._launch import Dim3, Template
 from ._packing import PackedWeights, Packing, is_whole
@@ -72,11 +71,6 @@ class Ready(NamedTuple):
     launch: Launch | None
     #: How long it takes, by the model, and what must follow it.
     clocks: float = 0
-
-
-def device_limits(device: int) -> DeviceLimits:
-    """What plans have to know of a device."""
-    return _jit.device_limits(device)
 
 
 def convolve(
@@ -232,7 +226,7 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
         block=call.grid.bsize,
         uses_tensor_cores=tensor,
     )
-    plan, clocks = plan_bottleneck(problem, call.rows, limits, call.layer.out_size, call.in_place)
+    plan, clocks = plan_bottleneck(problem, call.rows, call.layer.out_size, limits, call.in_place)
     clocks += SCATTER if call.is_stack else 0
     if plan is None or clocks > most_clocks:
         return None
@@ -243,6 +237,8 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
         products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts, plan.resident
     )
     ctas, meets_on = call.rows * plan.ctas, call.device if call.in_place else -1
+    # The driver has the last word on whether all CTAs run at the same time. The plan has answered that already, so that
+    # no kernel is compiled here only to be turned down.
     if call.in_place and ctas > _jit.ctas_that_fit(instance, THREADS, plan.shared) * limits.multiprocessors:
         return None
     launch = Launch(instance, (ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on)

@@ -45,9 +45,6 @@ WAITS, BETWEEN = 2950, 800
 #: Bytes of images in a clock that a multiprocessor brings or writes in a bottleneck.
 IMAGES = 25
 
-#: How likely it is that a mask has its share of the blocks that reach beyond the image.
-_HAS_LAST = 0.25
-
 
 @dataclass(frozen=True)
 class Clocks:
@@ -75,11 +72,6 @@ class Clocks:
         """Clocks of so many tiles, each a CTA, of which each multiprocessor holds some at a time."""
         rounds, rest = divmod(math.ceil(ctas / multiprocessors), resident)
         return rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
-
-    def of_mask(self, ctas: int, inside: int, resident: int, multiprocessors: int) -> float:
-        """Clocks of tiles of which so many lie in the image, if the mask has its share of the last blocks; or all."""
-        fewer = self.of(inside, resident, multiprocessors)
-        return (1 - _HAS_LAST) * self.of(ctas, resident, multiprocessors) + _HAS_LAST * fewer
 
 
 def product_clocks(layout: WarpLayout, steps: int, itemsize: int, rates: Rates, is_near: bool = False) -> Clocks:

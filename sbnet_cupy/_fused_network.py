@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _device
+from . import _device, _jit
 from ._affine import IDENTITY, Affine
 from ._bottleneck_weights import affines_of
 from ._composed_clocks import ConvSize, StackConv, composed_clocks
@@ -67,7 +67,7 @@ class FusedBlocks:
 
     def composed_clocks(self, itemsize: int) -> float:
         """How long the composed engine takes."""
-        limits = _device.fused().device_limits(self.device)
+        limits = _jit.device_limits(self.device)
         pixels = [self.rows * math.prod(grid.bsize) for grid in stack_grids(self.layers, self.params)]
         convs = list(map(StackConv, self.sizes, pixels, pixels[1:]))
         return composed_clocks(convs, itemsize, self.tf32 and limits.has_tensor_cores, limits.multiprocessors)

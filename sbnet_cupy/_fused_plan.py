@@ -58,22 +58,6 @@ def tiles_of(block: Pair) -> Iterator[Pair]:
             yield height, width
 
 
-def tiles_in_image(rows: int, tile: Pair, block: Pair, image: Pair | None) -> int:
-    """How many tiles of so many blocks have pixels of the image, if all of its blocks are as likely active.
-
-    Blocks cut the image from its first pixel on, so that the last ones may reach beyond it. None: all tiles count.
-    """
-    tiles = math.ceil(block[0] / tile[0]) * math.ceil(block[1] / tile[1])
-    if image is None:
-        return rows * tiles
-    inside, blocks = 1, 1
-    for size, step, extent in zip(tile, block, image):
-        whole, rest = divmod(extent, step)
-        inside *= whole * math.ceil(step / size) + math.ceil(rest / size)
-        blocks *= math.ceil(extent / step)
-    return math.ceil(rows * inside / blocks)
-
-
 #: Bytes of shared memory of each CTA that are not its own.
 _RESERVED = 1024
 

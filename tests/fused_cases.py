@@ -93,8 +93,8 @@ def planned(name: str) -> Iterator[None]:
         plans = list(_fused_conv_plan.conv_plans(problem, limits))
         return chosen and CONV_PLANS.get(name, _chosen)(plans, chosen), clocks
 
-    def plan_bottleneck(problem: Any, rows: int, limits: Any, *options: Any) -> Any:
-        chosen, clocks = _fused_bottleneck_plan.plan_bottleneck(problem, rows, limits, *options)
+    def plan_bottleneck(problem: Any, rows: int, image: Any, limits: Any, in_place: bool) -> Any:
+        chosen, clocks = _fused_bottleneck_plan.plan_bottleneck(problem, rows, image, limits, in_place)
         plans = list(_fused_bottleneck_plan.bottleneck_plans(problem, limits))
         return chosen and BOTTLENECK_PLANS.get(name, _chosen)(plans, chosen), clocks
 

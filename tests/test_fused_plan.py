@@ -18,10 +18,11 @@ from sbnet_cupy._fused_bottleneck_plan import (
     bottleneck_plans,
     plan_bottleneck,
     rows_of,
+    tiles_in_image,
 )
 from sbnet_cupy._fused_clocks import Clocks, steps_ahead
 from sbnet_cupy._fused_conv_plan import ConvPlan, ConvProblem, conv_plans, plan_conv
-from sbnet_cupy._fused_plan import MOST_SUMS, DeviceLimits, row_pieces, tiles_in_image, tiles_of, window_bytes
+from sbnet_cupy._fused_plan import MOST_SUMS, DeviceLimits, row_pieces, tiles_of, window_bytes
 from sbnet_cupy._packing import packing_of
 from sbnet_cupy._warps import ROWS, WARPS, WarpLayout
 
@@ -36,6 +37,7 @@ LIMITS = (
 counts = st.integers(1, 5000)
 pairs = st.tuples(st.integers(1, 7), st.integers(1, 7))
 blocks = st.tuples(st.integers(1, 40), st.integers(1, 40))
+images = st.tuples(st.integers(1, 90), st.integers(1, 90))
 
 
 @st.composite
@@ -152,21 +154,21 @@ def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: D
     assert plan.resident == 1 or limits.capability == 90
 
 
-@given(bottleneck_problems(), counts, st.sampled_from(LIMITS), st.none() | blocks, st.booleans())
+@given(bottleneck_problems(), counts, images, st.sampled_from(LIMITS), st.booleans())
 def test_plans_of_bottlenecks(
-    problem: BottleneckProblem, rows: int, limits: DeviceLimits, image: tuple[int, int] | None, in_place: bool
+    problem: BottleneckProblem, rows: int, image: tuple[int, int], limits: DeviceLimits, in_place: bool
 ) -> None:
     plans = list(bottleneck_plans(problem, limits))
     for plan in plans:
         check_bottleneck(plan, problem, limits)
     timed = [
-        (plan, bottleneck_clocks(plan, problem, rows, limits, image))
+        (plan, bottleneck_clocks(plan, problem, rows, image, limits))
         for plan in plans
         if is_crowded(plan, rows, limits)
     ]
     if in_place:
         timed = [pair for pair in timed if rows * pair[0].ctas <= pair[0].resident * limits.multiprocessors]
-    assert plan_bottleneck(problem, rows, limits, image, in_place) == fastest(timed)
+    assert plan_bottleneck(problem, rows, image, limits, in_place) == fastest(timed)
     if problem.channels % 8 or problem.inner % 8:
         assert not plans
 
@@ -176,7 +178,7 @@ def test_another_number_of_blocks_needs_no_other_plans(monkeypatch: pytest.Monke
     block = BottleneckProblem(96, 24, 2, (3, 3), (8, 8), True)
     for rows in (100, 101):
         assert plan_conv(conv, rows, LIMITS[0])[0] is not None
-        assert plan_bottleneck(block, rows, LIMITS[0], (rows, rows), bool(rows % 2))[0] is not None
+        assert plan_bottleneck(block, rows, (rows, rows), LIMITS[0], bool(rows % 2))[0] is not None
         for name in ("_fused_conv_plan", "_fused_bottleneck_plan"):
             monkeypatch.setattr(f"sbnet_cupy.{name}.tiles_of", None)
 
@@ -220,7 +222,7 @@ def test_tiles_cut_blocks_evenly(block: tuple[int, int]) -> None:
         assert tile[0] * tile[1] >= ROWS or tile == block
 
 
-@given(blocks, blocks, st.tuples(st.integers(1, 90), st.integers(1, 90)), st.integers(1, 50))
+@given(blocks, blocks, images, st.integers(1, 50))
 def test_tiles_in_the_image(tile: tuple[int, int], block: tuple[int, int], image: tuple[int, int], rows: int) -> None:
     """Of all blocks of an image, as many as begin in it; of some, their share."""
     firsts = [
@@ -231,7 +233,6 @@ def test_tiles_in_the_image(tile: tuple[int, int], block: tuple[int, int], image
     count = math.prod(math.ceil(extent / step) for extent, step in zip(image, block))
     assert tiles_in_image(count, tile, block, image) == inside
     assert tiles_in_image(rows, tile, block, image) == math.ceil(rows * inside / count)
-    assert tiles_in_image(count, tile, block, None) == math.prod(len(axis) for axis in firsts)
 
 
 def test_clocks_of_several_tiles() -> None:
@@ -239,7 +240,6 @@ def test_clocks_of_several_tiles() -> None:
     tile = Clocks(10, 4)
     assert [tile.of(ctas, 1, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 28, 42]
     assert [tile.of(ctas, 2, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 18, 32]
-    assert tile.of_mask(5, 2, 1, 2) == 0.75 * 42 + 0.25 * 14
     assert tile + tile * 2 == Clocks(30, 12)
     assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
 
@@ -248,16 +248,16 @@ def test_tiles_outside_of_the_image_take_no_time() -> None:
     """Blocks of 16 pixels, in tiles of 8: of an image of 100, half of the last ones' tiles lie in it."""
     problem = BottleneckProblem(96, 24, 4, (3, 3), (16, 16), True)
     plan = next(plan for plan in bottleneck_plans(problem, LIMITS[0]) if plan.tile == (8, 8))
-    small, large, whole = (
-        bottleneck_clocks(plan, problem, 400, LIMITS[0], image) for image in ((100, 100), (112, 112), None)
-    )
-    assert small < large == whole
+    small, large = (bottleneck_clocks(plan, problem, 490, image, LIMITS[0]) for image in ((100, 100), (112, 112)))
+    every, fewer = (plan.clocks.of(tiles, plan.resident, 132) for tiles in (4 * 490, 13 * 13 * 10))
+    assert large == every
+    assert small == 0.75 * every + 0.25 * fewer < large
 
 
 def test_layouts_leave_room_for_larger_tiles() -> None:
     """44 blocks in TF32 on an H200: three tiles each run at the same time, if warps exchange little."""
     problem = BottleneckProblem(256, 64, 4, (3, 3), (18, 18), True)
-    plan, _ = plan_bottleneck(problem, 44, LIMITS[0], in_place=True)
+    plan, _ = plan_bottleneck(problem, 44, (400, 700), LIMITS[0], in_place=True)
     assert plan is not None
     assert 44 * plan.ctas == 132
 
@@ -281,7 +281,7 @@ def test_the_benchmarks_problems_have_plans(arithmetic: str) -> None:
     for problem in stage_problems(*ARITHMETICS[arithmetic]):
         if isinstance(problem, ConvProblem):
             assert plan_conv(problem, 200, limits)[0] is not None
-        elif plan_bottleneck(problem, 200, limits)[0] is None:
+        elif plan_bottleneck(problem, 200, (400, 700), limits)[0] is None:
             without.add((problem.channels, problem.inner))
     assert without == {(2048, 512)}
 
@@ -290,11 +290,11 @@ def test_wide_bottlenecks_have_none() -> None:
     """Their window does not fit beside the rest; three launches do it."""
     for limits in LIMITS:
         wide = BottleneckProblem(4096, 1024, 2, (3, 3), (8, 8), True)
-        assert plan_bottleneck(wide, 10, limits) == (None, math.inf)
+        assert plan_bottleneck(wide, 10, (50, 88), limits) == (None, math.inf)
     # As wide as a multiprocessor of Hopper allows, but not one of Turing.
     stage = BottleneckProblem(384, 96, 4, (3, 3), (8, 8), True)
-    assert plan_bottleneck(stage, 10, LIMITS[0])[0] is not None
-    assert plan_bottleneck(stage, 10, LIMITS[2]) == (None, math.inf)
+    assert plan_bottleneck(stage, 10, (50, 88), LIMITS[0])[0] is not None
+    assert plan_bottleneck(stage, 10, (50, 88), LIMITS[2]) == (None, math.inf)
 
 
 def test_no_layout_leaves_columns() -> None:
