@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         const Window window = tile.source(c, Shape());
         const auto start = [&](int k) {
             const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
-            staged.template start<Form::kWhole, false>(window, static_cast<const T*>(c.source),
-                                                       k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
+            staged.template start<Form::kWhole>(window, static_cast<const T*>(c.source),
+                                                k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
             commit_async();
         };
         start(0);

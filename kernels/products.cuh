@@ -41,6 +41,14 @@ struct Sums {
     }
 };
 
+// Such a list where the pieces of a row lie in order, and all are there.
+struct PiecesInOrder {
+    int first = 0;
+
+    __device__ PiecesInOrder operator+(int pieces) const { return {first + pieces}; }
+    __device__ int operator[](int piece) const { return (first + piece) * kPieceBytes; }
+};
+
 __device__ inline const unsigned char* piece_at(const unsigned char* row, int offset, const unsigned char* zeros) {
     return offset == kNoPiece ? zeros : row + offset;
 }
@@ -53,13 +61,22 @@ struct Unchanged {
 };
 
 // On tensor cores: halves, or float32 rounded to TF32, by whoever writes the rows or (kRoundsRows) when they are read.
-template <typename T, bool kRoundsRows = false>
+// With kInWords, a lane's sums of one row of 8 columns are such that they fill words as words of pieces do: of float32,
+// columns t and t + 4, not 2 * t and 2 * t + 1.
+template <typename T, bool kRoundsRows = false, bool kInWords = false>
 struct TensorCores {
     using Number = T;
+    using InWords = TensorCores<T, kRoundsRows, true>;
     static constexpr bool kRounds = sizeof(T) == 4;
     static constexpr int kLaneRows = 1;  // rows of 16 whose addresses a lane has to know
 
     __device__ static int row_of(int lane, int) { return lane % kRows; }
+
+    // The lane for which the weights are packed that the calling one takes.
+    __device__ static int weights_lane() {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp, column = lane / 4;
+        return kInWords && sizeof(T) == 4 ? (column / 2 + column % 2 * 4) * 4 + lane % 4 : lane;
+    }
 
     // What a lane holds of one step and kN times 8 columns.
     template <int kN>
@@ -68,17 +85,15 @@ struct TensorCores {
 
         __device__ void load(const StepWords* packed, int column_stride) {
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                words[n] = load_constant(packed + n * column_stride + threadIdx.x % kWarp);
-            }
+            for (int n = 0; n < kN; ++n) words[n] = load_constant(packed + n * column_stride + weights_lane());
         }
         __device__ const StepWords& column(int n) const { return words[n]; }
     };
 
-    // Adds steps [begin, end).
-    template <int kM, int kN, typename Source, typename Before = Unchanged>
-    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end,
+    // Adds steps [begin, end). `offsets` is a list, or PiecesInOrder.
+    template <int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
+    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows], Offsets offsets,
+                               const unsigned char* zeros, Source& source, int begin, int end,
                                const Before& before = Before()) {
         for (int k = begin; k < end; k += Source::kAhead) {
 #pragma unroll
@@ -91,10 +106,9 @@ struct TensorCores {
         }
     }
 
-    template <int kM, int kN, typename StepWeights, typename Change>
-    __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                const int* offsets, const unsigned char* zeros, const StepWeights& weights,
-                                const Change& change) {
+    template <int kM, int kN, typename Offsets, typename StepWeights, typename Change>
+    __device__ static void step(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows], Offsets offsets,
+                                const unsigned char* zeros, const StepWeights& weights, const Change& change) {
         unsigned int a[2][kM][4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -132,9 +146,10 @@ struct TensorCores {
 };
 
 // On any device, with float32 arithmetic.
-template <typename T>
+template <typename T, bool kInWords = false>
 struct Plain {
     using Number = T;
+    using InWords = Plain<T, true>;
     static constexpr bool kRounds = false;
     static constexpr int kLaneRows = 2;
 
@@ -152,9 +167,9 @@ struct Plain {
         }
     };
 
-    template <int kM, int kN, typename Source, typename Before = Unchanged>
-    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                               const int* offsets, const unsigned char* zeros, Source& source, int begin, int end,
+    template <int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
+    __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows], Offsets offsets,
+                               const unsigned char* zeros, Source& source, int begin, int end,
                                const Before& before = Before()) {
         for (int k = begin; k < end; ++k) {
             for (int word = 0; word < 4; ++word) {
@@ -165,9 +180,9 @@ struct Plain {
     }
 
     // Adds one word of each piece of a step.
-    template <int kM, int kN, typename Change>
+    template <int kM, int kN, typename Offsets, typename Change>
     __device__ static void add_words(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
-                                     const int* offsets, const unsigned char* zeros, const StepWords* packed,
+                                     Offsets offsets, const unsigned char* zeros, const StepWords* packed,
                                      int column_stride, int word, const Change& change) {
         using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
         StepWords b[kN][2];
@@ -175,7 +190,8 @@ struct Plain {
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
+                const int t = static_cast<int>(threadIdx.x) % 4;
+                const int column = kInWords && sizeof(T) == 4 ? t + 4 * k : 2 * t + k;
                 b[n][k] = packed[n * column_stride + column * 4 + word];
             }
         }
@@ -207,10 +223,12 @@ struct Plain {
 };
 
 // A warp's weights in global memory: it asks for as many steps ahead as registers allow, because the L2 cache is far.
-// Mirrored by steps_ahead of _fused_clocks.py.
-template <typename Products, int kN>
+// Mirrored by steps_ahead of _fused_clocks.py, but for kLeastAhead: with that, the model took plans that were no
+// faster.
+template <typename Products, int kN, int kLeastAhead = 1>
 struct DistantWeights {
-    static constexpr int kAhead = kN > 6 ? 1 : kN > 4 ? 2 : kN > 2 ? 3 : kN == 2 ? 6 : 8;
+    static constexpr int kUsual = kN > 6 ? 1 : kN > 4 ? 2 : kN > 2 ? 3 : kN == 2 ? 6 : 8;
+    static constexpr int kAhead = kUsual < kLeastAhead ? kLeastAhead : kUsual;
 
     typename Products::template Weights<kN> ahead[kAhead];
     const StepWords* packed;  // step 0
@@ -241,7 +259,7 @@ struct NearWeights {
         const StepWords* packed;
         int column_stride;
 
-        __device__ StepWords column(int n) const { return packed[n * column_stride + threadIdx.x % kWarp]; }
+        __device__ StepWords column(int n) const { return packed[n * column_stride + Products::weights_lane()]; }
     };
 
     const StepWords* packed;

@@ -181,6 +181,13 @@ __device__ inline void wait_async() {
 #endif
 }
 
+// Tells the compiler what is true.
+__device__ inline void assume(bool truth) {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(truth);
+#endif
+}
+
 // Asks for the sector at an address in global memory, which will then be in the L2 cache, without waiting.
 __device__ inline void prefetch_sector(const void* address) {
 #if defined(__CUDA_ARCH__)

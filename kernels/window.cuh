@@ -112,16 +112,31 @@ template <typename T, int kPieces, int kSteps, bool kRounds>
 struct ActivatedRows {
     static constexpr int kNumbers = 4 / static_cast<int>(sizeof(T));  // in a word
     static constexpr bool kWholeSteps = kPieces == kSteps * kStepPieces;
-    using Numbers = Vec<float, kNumbers>;
+    static constexpr int kNorms = kPieces * 4;  // words of a row, and pairs of their scales and shifts
 
-    const float *scales, *shifts;  // in shared memory
-    float least;                   // 0, or what leaves all numbers as they are
+    // A word's scales, and then its shifts: a lane takes them at once.
+    struct alignas(8 * kNumbers) Norm {
+        float scale[kNumbers], shift[kNumbers];
+    };
+    const Norm* norms;  // in shared memory
+    float least;        // 0, or what leaves all numbers as they are
 
-    __device__ ActivatedRows(const float* scales, const float* shifts, bool relu)
-        : scales(scales), shifts(shifts), least(relu ? 0.0f : -__int_as_float(0x7f800000)) {}
+    __device__ ActivatedRows(const float* norms, bool relu)
+        : norms(reinterpret_cast<const Norm*>(norms)), least(relu ? 0.0f : -__int_as_float(0x7f800000)) {}
+
+    // Starts to copy the norms of all channels from lists of their scales and, behind those, of their shifts.
+    __device__ static void start(float* norms, const float* lists) {
+        constexpr int kBytes = 4 * kNumbers;
+#pragma unroll
+        for (int begin = 0; begin < 2 * kNorms; begin += kProductThreads) {
+            const int k = begin + static_cast<int>(threadIdx.x), word = k % kNorms, is_shift = k / kNorms;
+            if (k >= 2 * kNorms) break;
+            copy_async<kBytes>(norms + (2 * word + is_shift) * kNumbers, lists + k * kNumbers, true);
+        }
+    }
 
     struct Words {
-        Numbers scale[kStepPieces], shift[kStepPieces];
+        Norm norm[kStepPieces];
         float least;
         int pieces;  // that exist
 
@@ -132,7 +147,7 @@ struct ActivatedRows {
 #pragma unroll
             for (int i = 0; i < kNumbers; ++i) {
                 const float x = Addition<T>::begin(number.lane[i]);
-                result[i] = max_exact(fma_exact(x, scale[piece].lane[i], shift[piece].lane[i]), least);
+                result[i] = max_exact(fma_exact(x, norm[piece].scale[i], norm[piece].shift[i]), least);
             }
             const auto whole = rounded<T, kRounds>(result);
             return *reinterpret_cast<const unsigned int*>(&whole);
@@ -145,10 +160,8 @@ struct ActivatedRows {
         words.pieces = kPieces - step * kStepPieces;
 #pragma unroll
         for (int piece = 0; piece < kStepPieces; ++piece) {
-            const int channel = (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
             if (!kWholeSteps && piece >= words.pieces) continue;
-            words.scale[piece] = load_lanes<float, kNumbers>(scales, channel);
-            words.shift[piece] = load_lanes<float, kNumbers>(shifts, channel);
+            words.norm[piece] = norms[(step * kStepPieces + piece) * 4 + word];
         }
         return words;
     }
@@ -200,6 +213,7 @@ struct Depth {
     static constexpr int kPositions = kKernelH * kKernelW;
     static constexpr int kChunkSteps = (kPositions * kChunk + kStepPieces - 1) / kStepPieces;
     static constexpr int kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
+    static constexpr bool kInOrder = kSteps * kStepPieces == kPieces;  // of one pixel, and nothing is filled up
 };
 
 // Where the pieces of a row of such an implicit matrix lie. kOneChunk, for a depth of one chunk, divides less and is
@@ -218,6 +232,17 @@ __device__ inline void list_pieces(int* offsets) {
         const int dy = position / Depth::kKernelW, dx = position % Depth::kKernelW;
         const bool exists = position < Depth::kPositions && piece < Depth::kPieces;
         offsets[k] = exists ? Rows::offset(dy, dx) + piece * kPieceBytes : kNoPiece;
+    }
+}
+
+// What a product reads of such a list, which is written where it is needed.
+template <typename Rows, typename Depth>
+__device__ inline auto pieces_of(int* offsets) {
+    if constexpr (Depth::kInOrder) {
+        return PiecesInOrder();
+    } else {
+        list_pieces<Rows, Depth>(offsets);
+        return static_cast<const int*>(offsets);
     }
 }
 
@@ -248,8 +273,8 @@ struct SharedWindow {
 
     // Starts to copy a thread's pieces of channels from `channel` on, and zeros for what lies outside of the tensor or
     // beyond `channels`. kWhole tells that pieces are pieces in memory too: aligned to 16 bytes, channels side by side,
-    // the last piece full. kCaches keeps them in the L1 cache.
-    template <bool kWhole, bool kCaches>
+    // the last piece full.
+    template <bool kWhole>
     __device__ void start(const Window& window, const T* tensor, int channel, int channels) const {
         const int begin = channel + piece() * kPiece<T>;
         const bool exists = begin < channels;
@@ -261,13 +286,49 @@ struct SharedWindow {
             const T* from = source + window.offset(y, x);
             if (at >= kPixels) continue;
             if constexpr (kWhole) {
-                copy_async<kPieceBytes, kCaches>(place(at), from, inside);
+                copy_async<kPieceBytes>(place(at), from, inside);
             } else {
                 Vec<T, kPiece<T>> numbers{};
                 for (int i = 0; i < kPiece<T>; ++i) {
                     if (inside && begin + i < channels) numbers.lane[i] = from[i * window.channel_stride];
                 }
                 store(place(at), 0, numbers);
+            }
+        }
+    }
+
+    // Turns of the threads that copy so many rows of a window at once.
+    static constexpr int turns_of(int rows) {
+        return (kPixels / kWidth + rows - 1) / rows *
+               ((rows * kWidth * kPieces + kProductThreads - 1) / kProductThreads);
+    }
+    static constexpr int best_rows() {
+        int best = 1;
+        for (int rows = 2; rows <= 4; ++rows) {
+            if (turns_of(rows) < turns_of(best)) best = rows;
+        }
+        return best;
+    }
+
+    // The same for whole pieces that all exist: some rows of the window at once, so that a thread finds its places in a
+    // row once. Through the L1 cache: around it, bottlenecks on an H100 took up to 0.6 us more.
+    __device__ void start_rows(const Window& window, const T* tensor) const {
+        constexpr int kAtOnce = best_rows(), kItems = kAtOnce * kWidth * kPieces, kHeight = kPixels / kWidth;
+#pragma unroll
+        for (int begin = 0; begin < kItems; begin += kProductThreads) {
+            const int item = begin + static_cast<int>(threadIdx.x);
+            if (begin + kProductThreads > kItems && item >= kItems) break;
+            const int row = item / (kWidth * kPieces), x = item / kPieces % kWidth, of_pixel = item % kPieces;
+            const bool inside = x >= window.left && x < window.right;
+            const T* from = tensor + (window.origin + window.offset(row, x) + of_pixel * kPiece<T>);
+            unsigned char* to = pixels + Rows::offset(row, x) + of_pixel * kPieceBytes;
+#pragma unroll
+            for (int first = 0; first < kHeight; first += kAtOnce) {
+                const int y = first + row;
+                if (first + kAtOnce > kHeight && y >= kHeight) break;
+                copy_async<kPieceBytes, true>(to + first * Rows::kRow, from,
+                                              inside && y >= window.top && y < window.bottom);
+                from += kAtOnce * window.row_stride;
             }
         }
     }
@@ -317,7 +378,7 @@ struct Warps {
     __device__ Warps() {
         const int warp = static_cast<int>(threadIdx.x) / kWarp;
         wide = warp % kWide;
-        depth = warp / kWide;
+        depth = kDepth == 1 ? 0 : warp / kWide;  // which the compiler cannot know
         row = wide % kWarpsM * kM * kRows;
         column = wide / kWarpsM * kN * kColumns;
     }
@@ -372,13 +433,37 @@ struct Warps {
         }
     }
 
-    // The same, with nothing to bring: calls `finish(m, n, sum)`.
-    template <typename Finish>
-    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Finish finish) const {
-        struct Nothing {};
-        this->finish(
-            shared, sums, [](int, int) { return Nothing(); },
-            [&](int m, int n, const float(&sum)[4], Nothing) { finish(m, n, sum); });
+    // Tiles of sums that a warp has once parts are added, as `finish` shares them out: in turn k, that of number
+    // total_tile(k), if there is one.
+    static constexpr int kTotals = (kTiles + kDepth - 1) / kDepth;
+    __device__ int total_tile(int turn) const { return turn * kDepth + depth; }
+    __device__ bool has_total(int turn) const { return kTiles % kDepth == 0 || total_tile(turn) < kTiles; }
+
+    // All of them, in registers. All threads call it; nobody may be reading `shared`.
+    __device__ void add_parts(unsigned char* shared, const Sums<kM, kN>& sums, float (&totals)[kTotals][4]) const {
+        using Part = Vec<float, 4>;
+        Part* parts = reinterpret_cast<Part*>(shared) + wide * kTiles * kWarp + static_cast<int>(threadIdx.x) % kWarp;
+        constexpr int kStride = kWide * kTiles * kWarp;  // from depth to depth
+        if constexpr (kDepth > 1) {
+#pragma unroll
+            for (int k = 0; k < kTiles; ++k) {
+                const float(&sum)[4] = sums.at[k / kN][k % kN];
+                parts[depth * kStride + k * kWarp] = Part{{sum[0], sum[1], sum[2], sum[3]}};
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int turn = 0; turn < kTotals; ++turn) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) totals[turn][i] = kDepth == 1 ? sums.at[turn / kN][turn % kN][i] : 0.0f;
+            if (kDepth == 1 || !has_total(turn)) continue;
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                const Part part = parts[d * kStride + total_tile(turn) * kWarp];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) totals[turn][i] += part.lane[i];
+            }
+        }
     }
 
     // Row of sums 2 * r and 2 * r + 1 of tile (m, n), and the first one's column.
@@ -388,46 +473,107 @@ struct Warps {
     __device__ int column_of(int n) const { return column + n * kColumns + static_cast<int>(threadIdx.x) % 4 * 2; }
 };
 
-// Sums of 16 rows of one warp, laid out so that a thread can take kLanes neighbouring ones of a row: memory is written
-// fastest in long pieces. Only the warp's own threads use its part of the shared memory.
-template <int kN, int kLanes>
-struct WarpRows {
-    static constexpr int kWidth = kN * kColumns;
-    // Such that the stores of a warp meet no bank twice.
-    static constexpr int kPitch = kWidth + (kN % 2 == 0 ? kColumns : 0);
-    static constexpr int kPieces = kWidth / kLanes, kAll = kRows * kPieces;
-    static constexpr int kTurns = (kAll + kWarp - 1) / kWarp;
-
-    float* own;
-
-    __device__ explicit WarpRows(float* shared) : own(shared + static_cast<int>(threadIdx.x) / kWarp * kRows * kPitch) {}
-
-    __device__ void put(const float (&sums)[kN][4]) const {
-        const int lane = threadIdx.x % kWarp;
-        __syncwarp();
+// Words of four neighbouring lanes change places: word i of lane t becomes word t of lane i. All lanes of a warp call
+// it.
+__device__ inline void transpose_words(unsigned int (&word)[4]) {
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = (threadIdx.x & step) != 0;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            unsigned int& low = word[step == 1 ? 2 * k : k];
+            unsigned int& high = word[step == 1 ? 2 * k + 1 : k + 2];
+            const unsigned int got = __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+            (upper ? low : high) = got;
+        }
+    }
+}
+
+// The sums of a warp on their way out, pass after pass over the columns: added to the pixels of a window, and turned so
+// that a lane has whole pieces of its rows, for memory takes those fastest. They are sums of Products::InWords.
+// A pixel lies in row pixel / kTileW of the tile, whose pixels lie in the window as Rows tells.
+template <typename T, typename Layout, typename Rows, int kTileH, int kTileW>
+struct WarpResults {
+    static constexpr int kM = Layout::kM, kN = Layout::kN;
+    static constexpr int kNumbers = 4 / static_cast<int>(sizeof(T));  // in a word
+    static constexpr int kWords = 2 / kNumbers;                       // that hold a lane's sums of a row of one tile
+    static constexpr int kPieces = kN * kWords;                       // of a row; each four lanes have one word each
+    static constexpr int kTurns = (kPieces + 3) / 4;                  // in which these lanes write four pieces
+    using Word = Vec<T, kNumbers>;
+    using Piece = Vec<unsigned int, 4>;
+    struct Pieces {
+        Piece at[kM][2][kTurns];
+    };
+
+    const unsigned char* shortcuts[kM][2];  // of a lane's first word of a row, in the first pass
+    int targets[kM][2];                     // of its first piece
+    bool exists[kM][2];
+
+    // The tile begins at `tile`; its pixels [0, height) x [0, width) are written.
+    __device__ WarpResults(const unsigned char* tile, int height, int width, int row_stride, int column_stride) {
+        const Layout layout;
+        const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                store_lanes(own, (r * 8 + lane / 4) * kPitch + n * kColumns + lane % 4 * 2,
-                            Vec<float, 2>{{sums[n][2 * r], sums[n][2 * r + 1]}});
+                const int pixel = layout.row_of(m, r), dy = pixel / kTileW, dx = pixel % kTileW;
+                exists[m][r] = dy < height && dx < width;
+                // Any other pixel will do where there is none.
+                shortcuts[m][r] = tile + (pixel < kTileH * kTileW ? Rows::offset(dy, dx) : 0) +
+                                  (layout.column + t * kNumbers) * static_cast<int>(sizeof(T));
+                targets[m][r] = dy * row_stride + dx * column_stride + layout.column + t * kPiece<T>;
             }
         }
-        __syncwarp();
     }
 
-    // What a thread takes at a turn.
-    __device__ static int item(int turn) { return turn * kWarp + static_cast<int>(threadIdx.x) % kWarp; }
-    __device__ static bool exists(int turn) { return kAll % kWarp == 0 || item(turn) < kAll; }
-    __device__ static int row(int turn) { return item(turn) / kPieces; }
-    __device__ static int column(int turn) { return item(turn) % kPieces * kLanes; }
-    __device__ void get(int turn, float (&number)[kLanes]) const {
+    // The results of the pass that begins with column `first`. Rounded once.
+    __device__ Pieces add(const Sums<kM, kN>& sums, int first) const {
+        Pieces pieces;
 #pragma unroll
-        for (int i = 0; i < kLanes; i += 4) {
-            const auto part = load_lanes<float, 4>(own, row(turn) * kPitch + column(turn) + i);
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) number[i + k] = part.lane[k];
+            for (int r = 0; r < 2; ++r) {
+#pragma unroll
+                for (int turn = 0; turn < kTurns; ++turn) {
+                    auto& piece = pieces.at[m][r][turn];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) piece.lane[i] = word(sums, m, r, turn * 4 + i, first);
+                    transpose_words(piece.lane);
+                }
+            }
         }
+        return pieces;
+    }
+
+    __device__ void write(T* target, const Pieces& pieces, int first) const {
+        const int t = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+#pragma unroll
+                for (int turn = 0; turn < kTurns; ++turn) {
+                    if (!exists[m][r] || turn * 4 + t >= kPieces) continue;
+                    store(target + (targets[m][r] + first + turn * 4 * kPiece<T>), 0, pieces.at[m][r][turn]);
+                }
+            }
+        }
+    }
+
+   private:
+    // A lane's word of piece k of a row.
+    __device__ unsigned int word(const Sums<kM, kN>& sums, int m, int r, int k, int first) const {
+        if (k >= kPieces) return 0;
+        const auto shortcut =
+            load<Word>(shortcuts[m][r] + first * static_cast<int>(sizeof(T)), k * (kPieceBytes / 4));
+        float number[kNumbers];
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) {
+            number[i] = Addition<T>::begin(shortcut.lane[i]) + sums.at[m][k / kWords][2 * r + k % kWords + i];
+        }
+        const auto result = rounded<T, false>(number);
+        return *reinterpret_cast<const unsigned int*>(&result);
     }
 };
 

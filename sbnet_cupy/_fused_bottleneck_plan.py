@@ -125,14 +125,14 @@ def _plans_of(tile: Pair, resident: int, problem: BottleneckProblem, limits: Dev
     tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
     whole = limits.cta_shared if resident == 1 else room_beside(limits)
     room = whole - _fixed_bytes(tile, problem)
-    weights = sum(product.weight_bytes for product in products if product.may_be_near)
+    weights = sum(product.weight_bytes for product in products if product.may_be_near(resident))
     # What warps exchange takes room from weights that could be near: with all of the room, and with what is left.
     for layouts in dict.fromkeys(_layouts(tile, resident, most, problem) for most in (room, room - weights)):
         if layouts is None:
             continue
-        near, left = 0, room - max(map(Product.exchanged_bytes, products, layouts))
+        near, left = 0, room - max(layout.exchanged_bytes for layout in layouts)
         for product, layout in zip(products, layouts):
-            if layout.warps_m > 1 and product.may_be_near and product.weight_bytes <= left:
+            if layout.warps_m > 1 and product.may_be_near(resident) and product.weight_bytes <= left:
                 near |= 1 << product.number
                 left -= product.weight_bytes
         if resident > 1 and not _takes_half_the_registers(near, problem):
@@ -158,7 +158,7 @@ def _layouts(tile: Pair, resident: int, room: int, problem: BottleneckProblem) -
     found = []
     for product, rows in zip(problem.products, rows_of(tile, problem.ksize)):
         layouts = ranked_layouts(product, math.ceil(rows / ROWS), resident)
-        layout = next((layout for layout in layouts if product.exchanged_bytes(layout) <= room), None)
+        layout = next((layout for layout in layouts if layout.exchanged_bytes <= room), None)
         if layout is None:
             return None
         found.append(layout)

@@ -15,15 +15,16 @@ from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
 _PASS_SUMS = 8
 
 #: Bytes of the weights of a product up to which they are kept in shared memory, where several warps read the same. All
-#: of them have to be there before the first step; larger ones are faster read step by step. On an H200, of 18 KiB: 9.7
-#: against 10.3 us; of 36 and 32 KiB: 15.3 against 14.2, and 8.4 against 8.1.
-_NEAR_BYTES = 25 << 10
+#: of them have to be there before the first step, and all CTAs ask for them at once; larger ones are faster read step
+#: by step. On an H100, of 18 KiB: 9.4 against 8.5 us; of 20 KiB: 14.5 against 14.2; of 9 KiB, of two products: 14.6
+#: against 15.3; of 10 KiB: the same. Next to another CTA, which works meanwhile, far ones take too many registers.
+_NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
 
 #: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
 _ACTIVATION = {2: 8, 4: 4}
 
 #: Bytes in a clock of the second product's weights, for each further warp that reads the same from far, all at once.
-_COPIES = 120
+_COPIES = 250
 
 
 class Product(NamedTuple):
@@ -46,19 +47,14 @@ class Product(NamedTuple):
         """Its packed weights."""
         return self.columns * self.steps * STEP_PIECES * PIECE_BYTES
 
-    @property
-    def may_be_near(self) -> bool:
-        """Whether its weights may be kept in shared memory."""
-        return self.weight_bytes <= _NEAR_BYTES
+    def may_be_near(self, resident: int) -> bool:
+        """Whether its weights may be kept in shared memory, by the CTAs that a multiprocessor holds."""
+        return self.weight_bytes <= _NEAR_BYTES[resident]
 
     @property
     def is_last(self) -> bool:
         """Whether it is the one that goes over its columns in passes, and shares no depth."""
         return self.number == 2
-
-    def exchanged_bytes(self, layout: WarpLayout) -> int:
-        """Shared memory in which warps exchange parts of sums or, of the last product, lay out results."""
-        return layout.result_bytes if self.is_last else layout.exchanged_bytes
 
     def clocks(self, layout: WarpLayout, row_tiles: int, is_near: bool) -> Clocks:
         """All passes, and what comes with them."""
@@ -93,13 +89,13 @@ def ranked_layouts(product: Product, row_tiles: int, resident: int) -> tuple[War
     column_tiles, tensor = product.columns // COLUMNS, product.uses_tensor_cores
     most = MOST_SUMS if resident == 1 else FEW_SUMS
     # Next to another CTA, weights from far take too many registers in a share of the depth.
-    may_be_deep = not product.is_last and (resident == 1 or product.may_be_near or not tensor)
+    may_be_deep = not product.is_last and (resident == 1 or product.may_be_near(resident) or not tensor)
     fitting = [
         layout
         for layout in warp_layouts(row_tiles, column_tiles, tensor, min(most, _PASS_SUMS) if product.is_last else most)
         if (product.is_last or layout.n * layout.warps_n == column_tiles) and (may_be_deep or layout.depth == 1)
     ]
-    fitting.sort(key=lambda layout: product.clocks(layout, row_tiles, product.may_be_near).alone)
+    fitting.sort(key=lambda layout: product.clocks(layout, row_tiles, product.may_be_near(resident)).alone)
     return tuple(fitting)
 
 

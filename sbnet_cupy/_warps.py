@@ -44,12 +44,6 @@ class WarpLayout(NamedTuple):
         return WARPS * self.m * self.n * 512 if self.depth > 1 else 0
 
     @property
-    def result_bytes(self) -> int:
-        """Shared memory in which each warp lays 16 rows of its sums out."""
-        pitch = self.n * COLUMNS + (COLUMNS if self.n % 2 == 0 else 0)
-        return WARPS * ROWS * pitch * 4
-
-    @property
     def expression(self) -> str:
         """Its C++ type."""
         return f"sbnet::Warps<{self.m}, {self.n}, {self.warps_m}, {self.warps_n}>"

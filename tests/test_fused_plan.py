@@ -146,10 +146,8 @@ def check_bottleneck(plan: BottleneckPlan, problem: BottleneckProblem, limits: D
     window = window_bytes(problem.channels // lanes, whole, whole[1])
     middle = window_bytes(problem.inner // lanes, whole, plan.tile[1])
     exchanged = [WARPS * layout.m * layout.n * 32 * 16 if layout.depth > 1 else 0 for layout in plan.layouts]
-    width = 8 * third.n
-    results = WARPS * 16 * (width + (8 if third.n % 2 == 0 else 0)) * 4
     tables = 16 + 16 * sum(steps) + 8 * problem.channels + 16 * problem.inner
-    assert tables + near + middle + window + max(*exchanged, results) <= plan.shared <= limits.cta_shared
+    assert tables + near + middle + window + max(exchanged) <= plan.shared <= limits.cta_shared
     assert plan.ctas == math.prod(plan.tiles)
     assert plan.resident == 1 or limits.capability == 90
 

@@ -1575,12 +1575,16 @@ zeros-activated: window.cuh, layers
 + if (at >= kPixels) continue;
 
 activated-channels: window.cuh, bottleneck
-- (step * kStepPieces + piece) * kPiece<T> + word * kNumbers;
-+ piece * kPiece<T> + word * kNumbers;
+- norms[(step * kStepPieces + piece) * 4 + word];
++ norms[piece * 4 + word];
+
+activated-shifts: window.cuh, bottleneck
+- (2 * word + is_shift) * kNumbers, lists + k * kNumbers,
++ (2 * word + is_shift) * kNumbers, lists + word * kNumbers,
 
 activated-words: window.cuh, bottleneck
-- piece) * kPiece<T> + word * kNumbers;
-+ piece) * kPiece<T>;
+- norms[(step * kStepPieces + piece) * 4 + word];
++ norms[(step * kStepPieces + piece) * 4];
 
 activated-beyond: window.cuh, bottleneck
 - if (!kWholeSteps && piece >= pieces) return word;
@@ -1607,20 +1611,52 @@ depth-tiles: window.cuh, conv_chunks
 + for (int k = depth; k < kTiles - 1; k += kDepth)
 
 depth-barrier: window.cuh, conv_chunks
-- sum[2], sum[3]}}; } __syncthreads();
-+ sum[2], sum[3]}}; }
+- sum[3]}}; } __syncthreads(); for (int k = depth;
++ sum[3]}}; } for (int k = depth;
 
 sum-rows: window.cuh, conv
 - return row + m * kRows + r * 8 +
 + return row + m * kRows + r * 4 +
 
-rows-pitch: window.cuh, bottleneck
-- r * 8 + lane / 4) * kPitch +
-+ r * 8 + lane / 4) * kWidth / 2 +
+window-rows: window.cuh, bottleneck
+- from += kAtOnce * window.row_stride;
++ from += window.row_stride;
 
-rows-turns: window.cuh, bottleneck
-- return item(turn) % kPieces * kLanes;
-+ return item(turn) % kPieces * kLanes / 2;
+window-columns: window.cuh, bottleneck
+- x = item / kPieces % kWidth,
++ x = item / kPieces % (kWidth - 1),
+
+totals-depth: window.cuh, bottleneck
+- return turn * kDepth + depth;
++ return turn * kDepth;
+
+totals-barrier: window.cuh, bottleneck
+- __syncthreads(); } #pragma unroll for (int turn = 0; turn < kTotals;
++ } for (int turn = 0; turn < kTotals;
+
+words-of-the-upper: window.cuh, bottleneck
+- upper ? low : high, step);
++ low, step);
+
+words-steps: window.cuh, bottleneck
+- word[step == 1 ? 2 * k + 1 : k + 2];
++ word[2 * k + 1];
+
+results-edge: window.cuh, bottleneck
+- exists[m][r] = dy < height && dx < width;
++ exists[m][r] = dy < height;
+
+results-pieces: window.cuh, bottleneck
+- if (!exists[m][r] || turn * 4 + t >= kPieces) continue;
++ if (!exists[m][r]) continue;
+
+results-columns: products.cuh, bottleneck
+- (column / 2 + column % 2 * 4) * 4 + lane % 4 : lane;
++ lane : lane;
+
+results-columns-plain: products.cuh, bottleneck
+- t + 4 * k : 2 * t + k;
++ 2 * t + k : 2 * t + k;
 
 rows-of-a-product: products.cuh, conv_plain
 - return lane / 4 + 8 * k;
@@ -1635,8 +1671,8 @@ weights-ahead: products.cuh, conv_chunks
 + if (next + 1 < end) ahead[slot].load(at(next), column_stride);
 
 columns-of-weights: products.cuh, conv_plain
-- const int column = static_cast<int>(threadIdx.x) % 4 * 2 + k;
-+ const int column = static_cast<int>(threadIdx.x) % 4 + 4 * k;
+- t + 4 * k : 2 * t + k;
++ t + 4 * k : t + 4 * k;
 
 conv-kernel-rows: window.cuh, conv_plain
 - Rows::offset(dy, dx) + piece
@@ -1703,8 +1739,8 @@ conv-count: conv.cu, conv
 + c.rows * c.tiles;
 
 bottleneck-border: bottleneck.cu, bottleneck
-- inside ? affine(sum[2 * r + i], i) : 0.0f;
-+ affine(sum[2 * r + i], i);
+- inside ? max_exact(y, 0.0f) : 0.0f;
++ max_exact(y, 0.0f);
 
 bottleneck-halo: window.cuh, bottleneck
 - exists ? Rows::offset(dy, dx)
@@ -1722,17 +1758,21 @@ bottleneck-steps: window.cuh, bottleneck_chunks
 - kSteps = (kPieces + kChunk - 1) / kChunk * kChunkSteps;
 + kSteps = (kPieces * kPositions + kStepPieces - 1) / kStepPieces;
 
+pieces-in-order: products.cuh, bottleneck_chunks
+- return (first + piece) * kPieceBytes;
++ return piece * kPieceBytes;
+
 bottleneck-edge: bottleneck.cu, bottleneck
 - if (in_image < span.size) span.size = in_image;
 +
 
-bottleneck-shortcut: bottleneck.cu, bottleneck
-- number[i] += Addition<T>::begin(shortcut.lane[i]);
-+ number[i] += 0.0f;
+bottleneck-shortcut: window.cuh, bottleneck
+- number[i] = Addition<T>::begin(shortcut.lane[i]) +
++ number[i] =
 
 bottleneck-norms: bottleneck.cu, bottleneck
-- middle, layout, m, n, sum, scale2, shift2,
-+ middle, layout, m, n, sum, scale3, shift3,
+- layout1, sums1, scale2, shift2,
++ layout1, sums1, scale3, shift3,
 
 bottleneck-shortcuts-place: bottleneck.cu, bottleneck
 - WindowRows::offset(y.first - top, x.first - left)
@@ -1747,8 +1787,12 @@ bottleneck-count: bottleneck.cu, bottleneck
 + b.rows * b.tiles;
 
 bottleneck-part: bottleneck.cu, bottleneck_plans
-- start<true, true>(window, source, part * kC / kParts, kC);
-+ start<true, true>(window, source, 0, kC);
+- start_rows(window, source + part * (kC / kParts));
++ start_rows(window, source);
+
+bottleneck-weights-of-a-part: bottleneck.cu, bottleneck_plans
+- (kSteps - kPartSteps) + part * kPartSteps) * kWarp;
++ (kSteps - kPartSteps)) * kWarp;
 
 bottleneck-steps-of-a-part: bottleneck.cu, bottleneck_plans
 - part * kPartSteps, kPartSteps);
