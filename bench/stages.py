@@ -46,9 +46,10 @@ PRECISIONS = (
     Precision("float16", "float16", False, 0.0, 2.0**-23, 2.0**-11),
 )
 
-#: Multiplications and additions a second, in 10**12, of dense matrices: NVIDIA's data sheet of the H200 (SXM), whose
-#: figures for tensor cores are halved, because they count zeros of structured sparsity.
-RATES = {"H200": {"float32": 67.0, "tf32": 494.5, "float16": 989.5}}
+#: Multiplications and additions a second, in 10**12, of dense matrices: NVIDIA's data sheets of the H100 and the H200
+#: (SXM), whose figures for tensor cores are halved, because they count zeros of structured sparsity.
+_HOPPER = {"float32": 67.0, "tf32": 494.5, "float16": 989.5}
+RATES = {"H100": _HOPPER, "H200": _HOPPER}
 #: Microseconds of an empty kernel in a CUDA graph of an H200.
 LAUNCH_US = 0.53
 

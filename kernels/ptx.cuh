@@ -181,6 +181,29 @@ __device__ inline void wait_async() {
 #endif
 }
 
+// What is in memory now, which an earlier kernel may have written while this one ran: no copy of the L1 cache.
+__device__ inline int load_fresh(const int* address) {
+#if defined(__CUDA_ARCH__)
+    int number;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(number) : "l"(address) : "memory");
+    return number;
+#else
+    return *address;
+#endif
+}
+__device__ inline uint4 load_fresh(const uint4* address) {
+#if defined(__CUDA_ARCH__)
+    uint4 word;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+                 : "l"(address)
+                 : "memory");
+    return word;
+#else
+    return *address;
+#endif
+}
+
 // Tells the compiler what is true.
 __device__ inline void assume(bool truth) {
 #if defined(__CUDA_ARCH__)
@@ -217,6 +240,18 @@ __device__ inline void load_matrices(unsigned int (&words)[4], const void* share
 #endif
 }
 
+// The value of number `i` of a word of numbers of type T.
+__device__ inline float number_in(unsigned int word, int i, __half) {
+    const unsigned short bits = static_cast<unsigned short>(word >> 16 * i);
+    return __half2float(*reinterpret_cast<const __half*>(&bits));
+}
+__device__ inline float number_in(unsigned int word, int i, __nv_bfloat16) {
+    return __int_as_float(static_cast<int>(word >> 16 * i << 16));
+}
+__device__ inline float number_in(unsigned int word, int, float) {
+    return __int_as_float(static_cast<int>(word & 0xffffe000u));
+}
+
 // sum += a * b for `sum` of 16 x 8 float32, of which a lane holds columns 2*t and 2*t + 1 of rows g and g + 8; `a` as
 // load_matrices leaves it; and `b` of two pieces of 16 bytes for each of 8 columns, column g in lanes 4*g to 4*g + 3.
 // The type of `number` tells what the bytes are: halves, or float32, of which tensor cores read the upper 19 bits.
@@ -238,18 +273,6 @@ SBNET_MULTIPLY(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SBNET_MULTIPLY(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef SBNET_MULTIPLY
 #else
-// The value of number `i` of a word of numbers of type T.
-__device__ inline float number_in(unsigned int word, int i, __half) {
-    const unsigned short bits = static_cast<unsigned short>(word >> 16 * i);
-    return __half2float(*reinterpret_cast<const __half*>(&bits));
-}
-__device__ inline float number_in(unsigned int word, int i, __nv_bfloat16) {
-    return __int_as_float(static_cast<int>(word >> 16 * i << 16));
-}
-__device__ inline float number_in(unsigned int word, int, float) {
-    return __int_as_float(static_cast<int>(word & 0xffffe000u));
-}
-
 template <typename T>
 __device__ inline void multiply_matrices(float (&sum)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1,
                                          T number) {
@@ -265,6 +288,153 @@ __device__ inline void multiply_matrices(float (&sum)[4], const unsigned int (&a
             for (int k = 0; k < 4; ++k) {
                 for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
                     sum[k] += number_in(row[k / 2], i, number) * number_in(column[k % 2], i, number);
+                }
+            }
+        }
+    }
+}
+#endif
+
+// Warpgroups: 128 threads whose products of 64 rows Hopper's tensor cores read from shared memory themselves. Where the
+// compiler targets something else (sm_90 without its "a" too), the plain twins compute the same.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SBNET_HAS_WARPGROUPS
+using SharedAddress = unsigned int;
+__device__ inline SharedAddress shared_address(const void* shared) {
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+}
+#else
+using SharedAddress = const unsigned char*;
+__device__ inline SharedAddress shared_address(const void* shared) { return static_cast<SharedAddress>(shared); }
+#endif
+
+// A matrix whose rows are pieces of 16 bytes, two of which a product takes: 8 rows lie side by side, the next 8 are
+// `rows` bytes from them, and second pieces `pieces` bytes from first ones. All are multiples of 16.
+struct SharedMatrix {
+    SharedAddress start;
+    int pieces, rows;
+};
+
+// What the calling thread has written to shared memory is there for products of warpgroups, behind a barrier.
+__device__ inline void show_to_warpgroups() {
+#if defined(SBNET_HAS_WARPGROUPS)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Ahead of the first product that adds to sums that the threads have touched.
+__device__ inline void begin_warpgroup_products() {
+#if defined(SBNET_HAS_WARPGROUPS)
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits for the calling warpgroup's products. Its sums are used only behind this and hold_sums.
+__device__ inline void finish_warpgroup_products() {
+#if defined(SBNET_HAS_WARPGROUPS)
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// Lets the compiler find a pointer here, and not where it is used.
+template <typename T>
+__device__ inline void hold(T*& pointer) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(pointer));
+#endif
+}
+// Keeps the compiler from using sums earlier.
+template <int kN>
+__device__ inline void hold_sums(float (&sums)[kN][4]) {
+#if defined(SBNET_HAS_WARPGROUPS)
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+        asm volatile("" : "+f"(sums[n][0]), "+f"(sums[n][1]), "+f"(sums[n][2]), "+f"(sums[n][3])::"memory");
+    }
+#endif
+}
+
+// Starts sums += a * b, or without `adds` sums = a * b, for 64 rows of `a` and 8 * kN of `b`. Warp w of the group holds rows 16 * w to 16 * w + 15, and
+// for each 8 rows of `b` a lane holds what it would of multiply_matrices. Numbers of float32 are read as there.
+template <typename T, int kN>
+__device__ inline void multiply_shared(float (&sums)[kN][4], const SharedMatrix& a, const SharedMatrix& b, bool adds);
+
+#if defined(SBNET_HAS_WARPGROUPS)
+__device__ inline unsigned long long describe(const SharedMatrix& matrix) {
+    return static_cast<unsigned long long>(matrix.rows / 16) << 32 | static_cast<unsigned int>(matrix.pieces / 16) << 16 |
+           matrix.start / 16;
+}
+
+// The places of 4 * n sums in an instruction, and the sums themselves.
+#define SBNET_PLACES_1 "%0, %1, %2, %3"
+#define SBNET_PLACES_2 SBNET_PLACES_1 ", %4, %5, %6, %7"
+#define SBNET_PLACES_3 SBNET_PLACES_2 ", %8, %9, %10, %11"
+#define SBNET_PLACES_4 SBNET_PLACES_3 ", %12, %13, %14, %15"
+#define SBNET_PLACES_5 SBNET_PLACES_4 ", %16, %17, %18, %19"
+#define SBNET_PLACES_6 SBNET_PLACES_5 ", %20, %21, %22, %23"
+#define SBNET_PLACES_7 SBNET_PLACES_6 ", %24, %25, %26, %27"
+#define SBNET_PLACES_8 SBNET_PLACES_7 ", %28, %29, %30, %31"
+#define SBNET_PLACES_9 SBNET_PLACES_8 ", %32, %33, %34, %35"
+#define SBNET_PLACES_10 SBNET_PLACES_9 ", %36, %37, %38, %39"
+#define SBNET_PLACES_11 SBNET_PLACES_10 ", %40, %41, %42, %43"
+#define SBNET_PLACES_12 SBNET_PLACES_11 ", %44, %45, %46, %47"
+#define SBNET_PLACES_13 SBNET_PLACES_12 ", %48, %49, %50, %51"
+#define SBNET_PLACES_14 SBNET_PLACES_13 ", %52, %53, %54, %55"
+#define SBNET_PLACES_15 SBNET_PLACES_14 ", %56, %57, %58, %59"
+#define SBNET_PLACES_16 SBNET_PLACES_15 ", %60, %61, %62, %63"
+#define SBNET_SUMS_1 "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3])
+#define SBNET_SUMS_2 SBNET_SUMS_1, "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3])
+#define SBNET_SUMS_3 SBNET_SUMS_2, "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3])
+#define SBNET_SUMS_4 SBNET_SUMS_3, "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3])
+#define SBNET_SUMS_5 SBNET_SUMS_4, "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3])
+#define SBNET_SUMS_6 SBNET_SUMS_5, "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3])
+#define SBNET_SUMS_7 SBNET_SUMS_6, "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3])
+#define SBNET_SUMS_8 SBNET_SUMS_7, "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
+#define SBNET_SUMS_9 SBNET_SUMS_8, "+f"(sums[8][0]), "+f"(sums[8][1]), "+f"(sums[8][2]), "+f"(sums[8][3])
+#define SBNET_SUMS_10 SBNET_SUMS_9, "+f"(sums[9][0]), "+f"(sums[9][1]), "+f"(sums[9][2]), "+f"(sums[9][3])
+#define SBNET_SUMS_11 SBNET_SUMS_10, "+f"(sums[10][0]), "+f"(sums[10][1]), "+f"(sums[10][2]), "+f"(sums[10][3])
+#define SBNET_SUMS_12 SBNET_SUMS_11, "+f"(sums[11][0]), "+f"(sums[11][1]), "+f"(sums[11][2]), "+f"(sums[11][3])
+#define SBNET_SUMS_13 SBNET_SUMS_12, "+f"(sums[12][0]), "+f"(sums[12][1]), "+f"(sums[12][2]), "+f"(sums[12][3])
+#define SBNET_SUMS_14 SBNET_SUMS_13, "+f"(sums[13][0]), "+f"(sums[13][1]), "+f"(sums[13][2]), "+f"(sums[13][3])
+#define SBNET_SUMS_15 SBNET_SUMS_14, "+f"(sums[14][0]), "+f"(sums[14][1]), "+f"(sums[14][2]), "+f"(sums[14][3])
+#define SBNET_SUMS_16 SBNET_SUMS_15, "+f"(sums[15][0]), "+f"(sums[15][1]), "+f"(sums[15][2]), "+f"(sums[15][3])
+#define SBNET_MULTIPLY_SHARED(T, n, shape, type, a, b, p, turned)                                                 \
+    template <>                                                                                                  \
+    __device__ inline void multiply_shared<T, n>(float(&sums)[n][4], const SharedMatrix& x, const SharedMatrix& y, \
+                                                 bool adds) {                                                    \
+        asm volatile("{.reg .pred adds; setp.ne.b32 adds, " p ", 0; wgmma.mma_async.sync.aligned." shape         \
+                     ".f32." type "." type " {" SBNET_PLACES_##n "}, " a ", " b ", adds, 1, 1" turned ";}"       \
+                     : SBNET_SUMS_##n                                                                            \
+                     : "l"(describe(x)), "l"(describe(y)), "r"(static_cast<int>(adds)));                         \
+    }
+#define SBNET_MULTIPLY_SHARED_ALL(n, columns, a, b, p)                                 \
+    SBNET_MULTIPLY_SHARED(__half, n, "m64n" columns "k16", "f16", a, b, p, ", 0, 0")   \
+    SBNET_MULTIPLY_SHARED(__nv_bfloat16, n, "m64n" columns "k16", "bf16", a, b, p, ", 0, 0") \
+    SBNET_MULTIPLY_SHARED(float, n, "m64n" columns "k8", "tf32", a, b, p, "")
+SBNET_MULTIPLY_SHARED_ALL(1, "8", "%4", "%5", "%6")
+SBNET_MULTIPLY_SHARED_ALL(2, "16", "%8", "%9", "%10")
+SBNET_MULTIPLY_SHARED_ALL(3, "24", "%12", "%13", "%14")
+SBNET_MULTIPLY_SHARED_ALL(4, "32", "%16", "%17", "%18")
+SBNET_MULTIPLY_SHARED_ALL(6, "48", "%24", "%25", "%26")
+SBNET_MULTIPLY_SHARED_ALL(8, "64", "%32", "%33", "%34")
+SBNET_MULTIPLY_SHARED_ALL(12, "96", "%48", "%49", "%50")
+SBNET_MULTIPLY_SHARED_ALL(16, "128", "%64", "%65", "%66")
+#else
+template <typename T, int kN>
+__device__ inline void multiply_shared(float (&sums)[kN][4], const SharedMatrix& a, const SharedMatrix& b, bool adds) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    for (int n = 0; n < kN; ++n) {
+        for (int k = 0; k < 4; ++k) {
+            if (!adds) sums[n][k] = 0.0f;
+            const int row = warp * 16 + k / 2 * 8 + lane / 4, column = n * 8 + lane % 4 * 2 + k % 2;
+            for (int word = 0; word < 8; ++word) {
+                const auto word_of = [&](const SharedMatrix& m, int line) {
+                    const SharedAddress piece = m.start + word / 4 * m.pieces + line / 8 * m.rows + line % 8 * 16;
+                    return reinterpret_cast<const unsigned int*>(piece)[word % 4];
+                };
+                for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+                    sums[n][k] += number_in(word_of(a, row), i, T{}) * number_in(word_of(b, column), i, T{});
                 }
             }
         }

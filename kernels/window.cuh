@@ -22,27 +22,42 @@ struct Window {
     __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
 
+// How a list of blocks is read: as it is throughout a kernel, or perhaps while an earlier one writes it.
+struct Plainly {
+    __device__ int operator()(const int* address) const { return *address; }
+};
+struct Freshly {
+    __device__ int operator()(const int* address) const { return load_fresh(address); }
+};
+
 // Which tile of which block a CTA takes; what is loaded is not looked at yet. Of a kernel's argument it takes the list of
 // blocks and how they are cut.
 struct TileNumbers {
     unsigned int row, down, right;
     unsigned int image, block_h, block_w;
 
+    TileNumbers() = default;
+
     // `number` is less than a.rows * a.tiles.
-    template <typename Argument>
-    __device__ TileNumbers(const Argument& a, unsigned int number) : row(a.by_tiles(number)) {
+    template <typename Argument, typename Load = Plainly>
+    __device__ TileNumbers(const Argument& a, unsigned int number, Load load = Load()) : row(a.by_tiles(number)) {
         const unsigned int tile = number - row * static_cast<unsigned int>(a.tiles);
         down = a.by_tiles_w(tile);
         right = tile - down * static_cast<unsigned int>(a.tiles_w);
         const int* triple = a.indices + row * a.index_strides[0];
-        image = triple[0];
-        block_h = triple[a.index_strides[1]];
-        block_w = triple[2 * a.index_strides[1]];
+        image = load(triple);
+        block_h = load(triple + a.index_strides[1]);
+        block_w = load(triple + 2 * a.index_strides[1]);
     }
 
     template <typename Argument>
     __device__ bool exist(const Argument& a) const {
         return image < a.batch && block_h < a.height.count && block_w < a.width.count;
+    }
+
+    // Of the same number: whether its block is the same.
+    __device__ bool operator==(const TileNumbers& other) const {
+        return image == other.image && block_h == other.block_h && block_w == other.block_w;
     }
 };
 
@@ -195,6 +210,7 @@ constexpr int row_pieces(int pitch, int width, int tile_width, int stride_h, int
 template <int kPieces, int kHeight, int kWidth, int kTileW = kWidth, int kStrideH = 1, int kStrideW = 1>
 struct PixelRows {
     static constexpr int kW = kWidth, kPixels = kHeight * kWidth;
+    static constexpr int kPieceStep = kPieceBytes;  // from a piece of a pixel to the next
     static constexpr int kPitch = (kPieces | 1) * kPieceBytes;
     static constexpr int kRow = row_pieces(kPieces | 1, kWidth, kTileW, kStrideH, kStrideW) * kPieceBytes;
     static constexpr int kBytes = kHeight * kRow;
@@ -260,7 +276,7 @@ struct SharedWindow {
 
     // The pieces number `number` * kPieces and following of all pixels.
     __device__ static SharedWindow part(unsigned char* all_pixels, int number) {
-        return {all_pixels + number * kPieces * kPieceBytes};
+        return {all_pixels + number * kPieces * Rows::kPieceStep};
     }
 
     __device__ static int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
@@ -269,7 +285,9 @@ struct SharedWindow {
         const int first = static_cast<int>(threadIdx.x) / kPieces;
         return first < kStep ? first + turn * kStep : kPixels;
     }
-    __device__ unsigned char* place(int of_pixel) const { return pixels + Rows::offset(of_pixel) + piece() * kPieceBytes; }
+    __device__ unsigned char* place(int of_pixel) const {
+        return pixels + Rows::offset(of_pixel) + piece() * Rows::kPieceStep;
+    }
 
     // Starts to copy a thread's pieces of channels from `channel` on, and zeros for what lies outside of the tensor or
     // beyond `channels`. kWhole tells that pieces are pieces in memory too: aligned to 16 bytes, channels side by side,
@@ -297,6 +315,53 @@ struct SharedWindow {
         }
     }
 
+    // The same for whole pieces that are changed on their way: through registers. They are asked for here.
+    struct Numbers {
+        Vec<T, kPiece<T>> at[kTurns];
+    };
+    __device__ void fetch(Numbers& numbers, const Window& window, const T* tensor, int channel, int channels) const {
+        const int begin = channel + piece() * kPiece<T>;
+        const T* source = tensor + window.origin + begin;
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = pixel(turn), y = at / kWidth, x = at % kWidth;
+            const bool inside = at < kPixels && begin < channels && window.contains(y, x);
+            uint4 bits{};
+            if (inside) bits = load_fresh(word_at<uint4>(source + window.offset(y, x), 0));
+            store(&numbers.at[turn], 0, bits);
+        }
+    }
+
+    // Rounded to TF32.
+    __device__ void put(const Numbers& numbers) const {
+        put_changed(numbers, [](int, const Vec<T, kPiece<T>>& piece) {
+            auto rounded = piece;
+#pragma unroll
+            for (int i = 0; i < kPiece<T>; ++i) rounded.lane[i] = round_tf32(piece.lane[i]);
+            return rounded;
+        });
+    }
+
+    // After a step in all pixels of the tensor; what is zero outside of it stays.
+    template <bool kRounds>
+    __device__ void put(const Numbers& numbers, const Window& window, const ChannelAffine<kPiece<T>>& affine) const {
+        put_changed(numbers, [&](int at, const Vec<T, kPiece<T>>& piece) {
+            float number[kPiece<T>];
+#pragma unroll
+            for (int i = 0; i < kPiece<T>; ++i) number[i] = affine(Addition<T>::begin(piece.lane[i]), i);
+            return window.contains(at / kWidth, at % kWidth) ? rounded<T, kRounds>(number) : piece;
+        });
+    }
+
+    template <typename Change>
+    __device__ void put_changed(const Numbers& numbers, Change change) const {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = pixel(turn);
+            if (at < kPixels) store(place(at), 0, change(at, numbers.at[turn]));
+        }
+    }
+
     // Turns of the threads that copy so many rows of a window at once.
     static constexpr int turns_of(int rows) {
         return (kPixels / kWidth + rows - 1) / rows *
@@ -321,7 +386,7 @@ struct SharedWindow {
             const int row = item / (kWidth * kPieces), x = item / kPieces % kWidth, of_pixel = item % kPieces;
             const bool inside = x >= window.left && x < window.right;
             const T* from = tensor + (window.origin + window.offset(row, x) + of_pixel * kPiece<T>);
-            unsigned char* to = pixels + Rows::offset(row, x) + of_pixel * kPieceBytes;
+            unsigned char* to = pixels + Rows::offset(row, x) + of_pixel * Rows::kPieceStep;
 #pragma unroll
             for (int first = 0; first < kHeight; first += kAtOnce) {
                 const int y = first + row;

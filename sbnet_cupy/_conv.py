@@ -165,9 +165,10 @@ def sparse_conv2d(
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
     after a first call. It allocates the result unless `out` is given; what follows goes back to CuPy's pool on return.
     Fused, it is one launch and no more memory with packed weights; others are packed first, in every call, which takes
-    a launch and about the size of `w`. Composed, it takes the stack of gathered blocks, that of the results (in float32
-    for half types and kernels larger than 1x1), one more of the results where they have to be rounded or something
-    follows, with strides other than 1 the gathered pixels once more, and 32 MiB for cuBLAS (or what cuDNN asks for).
+    a launch and about twice the size of `w`. Composed, it takes the stack of gathered blocks, that of the results (in
+    float32 for half types and kernels larger than 1x1), one more of the results where they have to be rounded or
+    something follows, with strides other than 1 the gathered pixels once more, and 32 MiB for cuBLAS (or what cuDNN
+    asks for).
     """
     check_blocks(indices, params)
     w, packed, tf32 = unpack(w, allow_tf32)

@@ -15,7 +15,8 @@ from ._fused_plan import (
     DeviceLimits,
     Pair,
     alone,
-    are_enough,
+    contenders,
+    fastest,
     may_share,
     room_beside,
     tiles_of,
@@ -77,28 +78,12 @@ class ConvPlan(NamedTuple):
 
 def plan_conv(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[ConvPlan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
-    timed = (
-        (plan, plan.clocks.of(rows * plan.ctas, plan.resident, limits.multiprocessors))
-        for plan in _contenders(problem, limits)
-        if are_enough(rows * plan.ctas, plan.resident, limits)
-    )
-    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+    return fastest(_contenders(problem, limits), rows, limits)
 
 
 @functools.lru_cache(maxsize=1024)
 def _contenders(problem: ConvProblem, limits: DeviceLimits) -> tuple[ConvPlan, ...]:
-    """The plans that are fastest for some number of blocks, in the order of all of them.
-
-    A plan is left out if another one has as many CTAs that take no longer: neither alone, nor as many together as are
-    on a multiprocessor. Of some 740 plans of a convolution of the benchmark, 40 are left.
-    """
-    found, least = [], dict[tuple[int, int], float]()
-    for number, plan in sorted(enumerate(conv_plans(problem, limits)), key=lambda item: item[1].clocks.alone):
-        group, together = (plan.ctas, plan.resident), plan.clocks.together(plan.resident)
-        if together < least.get(group, math.inf):
-            least[group] = together
-            found.append((number, plan))
-    return tuple(plan for _, plan in sorted(found))
+    return contenders(conv_plans(problem, limits))
 
 
 def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]:

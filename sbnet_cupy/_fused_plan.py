@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
 
+from ._fused_clocks import Clocks
 from ._packing import PIECE_BYTES
 from ._warps import ROWS
 
@@ -31,6 +32,11 @@ class DeviceLimits(NamedTuple):
     def has_tensor_cores(self) -> bool:
         """Whether they take all of the types that the kernels give them."""
         return self.capability >= 80
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether they read matrices from shared memory themselves, by instructions of Hopper."""
+        return self.capability == 90
 
 
 def row_pieces(pitch: int, width: int, tile_width: int, strides: Pair) -> int:
@@ -88,3 +94,48 @@ def alone(shared: int, limits: DeviceLimits) -> int:
     have none: on an H200, 126 CTAs took 5.2 us then, and 4.4 alone.
     """
     return max(shared, min(room_beside(limits) + PIECE_BYTES, limits.cta_shared))
+
+
+class TilePlan(Protocol):
+    """How something is cut, whatever the number of blocks."""
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a block."""
+
+    @property
+    def resident(self) -> int:
+        """CTAs that a multiprocessor holds at a time."""
+
+    @property
+    def clocks(self) -> Clocks:
+        """What a CTA takes."""
+
+
+Plan = TypeVar("Plan", bound=TilePlan)
+
+
+def contenders(plans: Iterable[Plan]) -> tuple[Plan, ...]:
+    """The plans that are fastest for some number of blocks, in the order of all of them.
+
+    A plan is left out if another one has as many CTAs that take no longer: neither alone, nor as many together as are
+    on a multiprocessor. Of some 740 plans of a convolution of the benchmark, 40 are left.
+    """
+    found, least = [], dict[tuple[int, int], float]()
+    for number, plan in sorted(enumerate(plans), key=lambda item: item[1].clocks.alone):
+        group, together = (plan.ctas, plan.resident), plan.clocks.together(plan.resident)
+        if together < least.get(group, math.inf):
+            least[group] = together
+            found.append((number, plan))
+    found.sort(key=lambda item: item[0])
+    return tuple(plan for _, plan in found)
+
+
+def fastest(plans: Iterable[Plan], rows: int, limits: DeviceLimits) -> tuple[Plan | None, float]:
+    """The plan that the model takes for fastest for so many blocks, and its clocks; None if there is none."""
+    timed = (
+        (plan, plan.clocks.of(rows * plan.ctas, plan.resident, limits.multiprocessors))
+        for plan in plans
+        if are_enough(rows * plan.ctas, plan.resident, limits)
+    )
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))

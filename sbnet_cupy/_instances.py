@@ -154,6 +154,18 @@ def conv_instance(
     )
 
 
+def wgmma_instance(
+    dtype: np.dtype[Any], layout: str, shape: tuple[int, ...], form: tuple[bool, ...], resident: int
+) -> Instance:
+    """The convolution by warpgroups: see kernels/conv_wgmma.cu; CTAs that a multiprocessor holds."""
+    numbers, flags = ", ".join(map(str, shape)), ", ".join("true" if flag else "false" for flag in form)
+    return Instance(
+        "conv_wgmma.cu",
+        f"sbnet::conv_wgmma<{_SUMMANDS[dtype.name]}, {layout}, sbnet::WgmmaShape<{layout}, {numbers}>, "
+        f"sbnet::ConvForm<{flags}>, {resident}>",
+    )
+
+
 def bottleneck_instance(
     products: str, numbers: tuple[int, ...], layouts: tuple[str, str, str], near: int, parts: int, resident: int
 ) -> Instance:

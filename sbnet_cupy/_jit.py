@@ -98,7 +98,7 @@ def compile_instances(instances: Sequence[Instance]) -> list[Any]:
     expressions = [instance.expression for instance in instances]
     module = cupy.RawModule(
         code=compile_text(source),
-        options=compile_options(),
+        options=(*compile_options(), *architecture_options(source)),
         name_expressions=expressions,
     )
     try:
@@ -119,6 +119,15 @@ def compile_text(source: str) -> str:
 def compile_options() -> tuple[str, ...]:
     """NVRTC's options, besides those that CuPy adds."""
     return ("-std=c++17", f"-I{kernel_folder()}")
+
+
+def architecture_options(source: str) -> tuple[str, ...]:
+    """The architecture of a source file that is for one only. It goes before the one that CuPy adds."""
+    return ("-arch=sm_90a",) if source in _HOPPER_SOURCES else ()
+
+
+#: Sources whose kernels are for compute capability 9.0, and take what NVRTC has for no other.
+_HOPPER_SOURCES = ("conv_wgmma.cu",)
 
 
 def _explain(source: str, expressions: Sequence[str], log: str) -> str:

@@ -67,8 +67,9 @@ def pack_weights(w: Any, *, allow_tf32: bool | None = None) -> Any:
     -----
     With CuPy arrays, work runs on the current stream, without synchronisation, and can be captured in a CUDA graph
     after a first call: a kernel for each convolution and, for a bottleneck, six small copies of its scales and shifts.
-    It allocates what it returns: about the size of `w`, with channels filled up to 16 bytes and features to a multiple
-    of 8. Two runs give the same bits. Weights that are not packed are packed in every call of the fused kernels.
+    It allocates what it returns: about twice the size of `w`, in two orders, with channels filled up to 16 bytes and
+    features to a multiple of 8. Two runs give the same bits. Weights that are not packed are packed in every call of
+    the fused kernels.
 
     Examples
     --------

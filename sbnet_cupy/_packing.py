@@ -4,6 +4,11 @@ What a kernel sums over, channels at kernel positions, is cut into pieces of 16 
 come in chunks of so many pieces; the pieces of a chunk at all kernel positions follow each other, padded with zeros to
 whole steps of four. For 8 features and a step, lane ``4*g + t`` of a warp takes word t of each of the four pieces, of
 feature g: 16 bytes.
+
+The same weights follow in an order for warpgroups, which take matrices of pieces as they are: the pieces of a pixel,
+each at all kernel positions, filled up with zeros to pairs; and of each all features, filled up to groups of 8. A
+thread of a warpgroup gets two sums of each 8 columns: where columns come in fours of 8, halves are packed so that its 8
+sums are neighbouring features: column ``8*n + 2*t + i`` of 32 is feature ``8*t + 2*n + i``.
 """
 
 from __future__ import annotations
@@ -45,9 +50,35 @@ class Packing:
     columns: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the packed array, in 4-byte words."""
+    def warp_shape(self) -> tuple[int, ...]:
+        """Of the part for warps, in 4-byte words."""
         return self.columns, self.chunks, self.steps, COLUMNS, PIECE_WORDS, STEP_PIECES
+
+    @property
+    def pixel_pieces(self) -> int:
+        """Pieces of a pixel."""
+        return math.ceil(self.channels / self.lanes)
+
+    @property
+    def warpgroup_shape(self) -> tuple[int, ...]:
+        """Of the part for warpgroups, in 4-byte words."""
+        pieces = self.pixel_pieces * self.positions
+        return pieces + pieces % 2, math.ceil(self.features / COLUMNS) * COLUMNS, PIECE_WORDS
+
+    @property
+    def together(self) -> int:
+        """Groups of 8 columns for warpgroups among which features are turned."""
+        return 4 if self.lanes == 8 and self.warpgroup_shape[1] % (4 * COLUMNS) == 0 else 1
+
+    @property
+    def warpgroup_offset(self) -> int:
+        """Bytes in front of that part."""
+        return 4 * math.prod(self.warp_shape)
+
+    @property
+    def words(self) -> int:
+        """Of the packed array, which has one dimension."""
+        return math.prod(self.warp_shape) + math.prod(self.warpgroup_shape)
 
 
 def packing_of(shape: tuple[int, ...], itemsize: int) -> Packing:
@@ -92,7 +123,7 @@ class PackedWeights:
 
     def __post_init__(self) -> None:
         packing = packing_of(self.shape, _packed_itemsize(self.dtype))
-        wanted = packing.shape if _has_words(self.source) else (0,)
+        wanted = (packing.words,) if _has_words(self.source) else (0,)
         if (self.packing, tuple(self.words.shape), self.words.dtype) != (packing, wanted, np.uint32):
             raise ValueError("PackedWeights: expected what pack_weights makes of an array, got something else")
 
@@ -122,6 +153,10 @@ def pack(w: np.ndarray[Any, Any], packing: Packing, tf32: bool = False) -> np.nd
     """The packed words of NumPy weights: the definition that the kernel is compared with."""
     if tf32:
         w = round_tf32(w)
+    return np.concatenate([_pack_for_warps(w, packing).ravel(), _pack_for_warpgroups(w, packing).ravel()])
+
+
+def _pack_for_warps(w: np.ndarray[Any, Any], packing: Packing) -> np.ndarray[Any, Any]:
     pieces = packing.chunks * packing.chunk
     room = np.zeros((packing.positions, pieces * packing.lanes, packing.columns * COLUMNS), w.dtype)
     room[:, : packing.channels, : packing.features] = w.reshape(packing.positions, *w.shape[2:])
@@ -134,7 +169,20 @@ def pack(w: np.ndarray[Any, Any], packing: Packing, tf32: bool = False) -> np.nd
     words = steps.view(np.uint32).reshape(
         packing.columns, COLUMNS, packing.chunks, packing.steps, STEP_PIECES, PIECE_WORDS
     )
-    return np.ascontiguousarray(words.transpose(0, 2, 3, 1, 5, 4))
+    return words.transpose(0, 2, 3, 1, 5, 4)
+
+
+def _pack_for_warpgroups(w: np.ndarray[Any, Any], packing: Packing) -> np.ndarray[Any, Any]:
+    count, features, _ = packing.warpgroup_shape
+    pieces, positions = packing.pixel_pieces, packing.positions
+    room = np.zeros((positions, pieces * packing.lanes, features), w.dtype)
+    room[:, : packing.channels, : packing.features] = w.reshape(positions, *w.shape[2:])
+    cut = room.reshape(positions, pieces, packing.lanes, features).transpose(1, 0, 3, 2)
+    packed = np.zeros((count, features, packing.lanes), w.dtype)
+    turns = features // (COLUMNS * packing.together), COLUMNS // 2, packing.together, 2
+    turned = cut.reshape(pieces * positions, *turns, packing.lanes).swapaxes(2, 3)
+    packed[: pieces * positions] = turned.reshape(pieces * positions, features, packing.lanes)
+    return packed.view(np.uint32)
 
 
 def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -28,6 +28,7 @@ from sbnet_cupy import (
     _conv,
     _fused_bottleneck_plan,
     _fused_conv_plan,
+    _fused_wgmma_plan,
     block_indices,
     calc_block_params,
     calc_block_params_res_block,
@@ -63,6 +64,15 @@ CONV_PLANS: dict[str, Pick] = {
     "cut": lambda plans, chosen: max(plans, key=lambda plan: math.prod(plan.tiles)),
     "flat": lambda plans, chosen: max(plans, key=lambda plan: (plan.layout.depth == 1, plan.layout.n)),
 }
+#: The same for convolutions by warpgroups: with one of these names, they have no other kernel, and with one of those
+#: above not this one.
+WGMMA_PLANS: dict[str, Pick] = {
+    "wgmma": lambda plans, chosen: chosen,
+    "wgmma-parts": lambda plans, chosen: max(plans, key=lambda plan: (plan.parts, plan.chunk)),
+    "wgmma-chunks": lambda plans, chosen: max(plans, key=lambda plan: (plan.chunks, plan.parts)),
+    "wgmma-squares": lambda plans, chosen: max(plans, key=lambda plan: (plan.layout.m, plan.layout.groups_m)),
+    "wgmma-columns": lambda plans, chosen: max(plans, key=lambda plan: (plan.splits, -plan.layout.groups_m)),
+}
 BOTTLENECK_PLANS: dict[str, Pick] = {
     "tiles": CONV_PLANS["tiles"],
     "distant": lambda plans, chosen: chosen._replace(near=0, parts=1),
@@ -88,7 +98,16 @@ def planned(name: str) -> Iterator[None]:
 
     caches = [f for module in (_conv, _bottleneck) for f in vars(module).values() if hasattr(f, "cache_clear")]
 
+    def plan_wgmma(problem: Any, rows: int, limits: Any) -> Any:
+        if name in CONV_PLANS:
+            return None, math.inf
+        chosen, clocks = _fused_wgmma_plan.plan_wgmma(problem, rows, limits)
+        plans = list(_fused_wgmma_plan.wgmma_plans(problem, limits))
+        return chosen and WGMMA_PLANS.get(name, _chosen)(plans, chosen), clocks
+
     def plan_conv(problem: Any, rows: int, limits: Any) -> Any:
+        if name in WGMMA_PLANS:
+            return None, math.inf
         chosen, clocks = _fused_conv_plan.plan_conv(problem, rows, limits)
         plans = list(_fused_conv_plan.conv_plans(problem, limits))
         return chosen and CONV_PLANS.get(name, _chosen)(plans, chosen), clocks
@@ -106,6 +125,7 @@ def planned(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fused_network, "_prepare_layers", slow_layers)
         patch.setattr(_fused, "plan_conv", plan_conv)
+        patch.setattr(_fused, "plan_wgmma", plan_wgmma)
         patch.setattr(_fused, "plan_bottleneck", plan_bottleneck)
         for cached in caches:
             cached.cache_clear()
@@ -403,6 +423,24 @@ CONVS = [
     conv("split-chunks", "tf32", (9, 12), 280, 16, (1, 1), (1, 1), (4, 5), plan="split", target="out"),
     conv("tiles", "float16", (13, 17), 8, 8, (3, 3), (1, 1), (5, 11), plan="tiles", density=0.01),
     conv("no-channels", "float16", (9, 12), 0, 8, (3, 3), (1, 1), (4, 5), bias=True),
+    conv("wgmma", "float16", (20, 23), 24, 48, (3, 3), (1, 1), (8, 8), bias=True, relu=True, plan="wgmma"),
+    conv(
+        "wgmma-ragged", "tf32", (13, 17), 12, 20, (3, 3), (1, 1), (11, 13), target="out", spare=4, plan="wgmma-squares"
+    ),
+    conv("wgmma-5x5", "bfloat16", (15, 14), 40, 16, (5, 5), (1, 1), (6, 9), "VALID", target="place", plan="wgmma"),
+    conv("wgmma-parts", "float16", (14, 21), 8, 16, (2, 5), (1, 1), (9, 17), EXPLICIT, bias=True, plan="wgmma-parts"),
+    conv("wgmma-chunks", "tf32", (10, 9), 48, 32, (3, 3), (1, 1), (7, 9), target="out", plan="wgmma-chunks"),
+    conv("wgmma-halves", "float16", (9, 11), 96, 16, (1, 1), (1, 1), (3, 6), relu=True, plan="wgmma-chunks"),
+    conv(
+        "wgmma-columns", "tf32", (9, 12), 20, 64, (1, 1), (1, 1), (8, 5), bias=True, plan="wgmma-columns", packed=False
+    ),
+    conv(
+        "wgmma-hostile", "float16", (9, 16), 8, 16, (3, 3), (1, 1), (3, 4), triples=HOSTILE, count=2**31 - 1,
+        plan="wgmma",
+    ),
+    conv(
+        "wgmma-counted", "float16", (9, 16), 16, 32, (3, 3), (1, 1), (3, 4), triples=HOSTILE[::3], count=1, plan="wgmma"
+    ),
 ]  # fmt: skip
 
 
@@ -445,11 +483,20 @@ BOTTLENECKS = [
     bottleneck("layers-flat", "float16", (17, 18), 16, 8, (8, 16), middle=16, plan="flat", target="place", batch=1),
     bottleneck("layers-odd", "float32", (12, 13), 5, 3, (4, 5), target="place", density=0.05, spare=-3),
     bottleneck("layers-nchw", "bfloat16", (12, 13), 16, 8, (4, 5), middle=16, layout="nchw", target="out", batch=1),
+    bottleneck(
+        "layers-wgmma", "float16", (12, 13), 16, 32, (4, 5), outer=((3, 1), (1, 1)), plan="wgmma", target="place",
+        batch=1,
+    ),
+    bottleneck(
+        "layers-wgmma-tf32", "tf32", (12, 13), 48, 16, (9, 8), outer=((1, 1), (3, 1)), plan="wgmma-chunks",
+        target="out",
+    ),
     bottleneck("layers-plain", "float16", (12, 13), 8, 8, (4, 5), activates=False, layout="misaligned", target="out"),
 ]
 
 PACKINGS = [
     PackCase("pack-3x2", "float16", Geometry((1, 1, 1, 20), (3, 2), (1, 1), "SAME", (1, 1), 0, None, 1), features=11),
+    PackCase("pack-32", "bfloat16", Geometry((1, 1, 1, 9), (1, 3), (1, 1), "SAME", (1, 1), 0, None, 3), features=60),
     PackCase(
         "pack-chunks", "tf32", Geometry((1, 1, 1, 300), (3, 3), (1, 1), "SAME", (1, 1), 0, None, 2), "new", "strided"
     ),

@@ -11,7 +11,7 @@ from cupy.cuda import nvrtc
 from cupy.cuda.compiler import CompileException, _NVRTCProgram
 
 from sbnet_cupy._instances import Instance
-from sbnet_cupy._jit import compile_options, compile_text
+from sbnet_cupy._jit import architecture_options, compile_options, compile_text
 
 #: One architecture of each generation that the library supports: Turing, Ampere, Hopper, two Blackwells.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -38,7 +38,7 @@ def compile_for(architecture: str, instances: Sequence[Instance], extra: str = "
         compile_text(instances[0].source) + extra, "sbnet_cupy.cu", name_expressions=expressions, method="cubin"
     )
     # What CuPy adds for a RawModule: include folders of its own and of the toolkit, and two options.
-    options = assemble_cupy_compiler_options(compile_options())
+    options = assemble_cupy_compiler_options((*compile_options(), *architecture_options(instances[0].source)))
     options += ("-ftz=true", "--device-as-default-execution-space")
     options += (f"-arch={architecture}", "--ptxas-options=-v")
     _, names = program.compile(options)

@@ -227,6 +227,8 @@ def check_matrix(architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Compile every instance for a generation, print what it takes, and raise unless it is within bounds."""
     resources = compile_all(architecture, all_instances(architecture))
     bounds = register_bounds()
+    if architecture != "sm_90":
+        del bounds["conv_wgmma"]
     assert {kernel_of(found.instance) for found in resources} == set(bounds)
     with capsys.disabled():
         print(f"\n{architecture}: {len(resources)} instantiations")

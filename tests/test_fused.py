@@ -6,7 +6,9 @@ import os
 
 import cpu_cuda
 import pytest
-from fused_cases import BOTTLENECKS, CONVS, FusedCase, planned, random_cases
+from fused_cases import BOTTLENECKS, CONVS, WGMMA_PLANS, FusedCase, planned, random_cases
+
+from sbnet_cupy._jit import device_limits
 
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
@@ -59,12 +61,19 @@ def test_random_geometry_on_a_gpu() -> None:
                 raise AssertionError(f"{case}: {error}") from None
 
 
+#: Cases of each kernel, and of each way to share its work.
+ORDERED = (
+    *("chunks-5x5", "split", "2x5", "layers-odd", "direct-in-place", "distant", "parts", "passes"),
+    *("wgmma", "wgmma-parts", "wgmma-chunks"),
+)
+
+
 @pytest.mark.parametrize("order", cpu_cuda.ORDERS[1:], ids=lambda order: order.name)
 @pytest.mark.usefixtures("built")
 def test_orders(order: cpu_cuda.Order) -> None:
     """Some of them with threads and blocks in other orders: what one thread owes another comes to light."""
     for case in CASES:
-        if case.name in ("chunks-5x5", "split", "2x5", "layers-odd", "direct-in-place", "distant", "parts", "passes"):
+        if case.name in ORDERED:
             case.check(order)
 
 
@@ -72,5 +81,7 @@ def test_orders(order: cpu_cuda.Order) -> None:
 @cases
 def test_on_a_gpu(case: FusedCase) -> None:
     cupy = pytest.importorskip("cupy")
+    if case.plan in WGMMA_PLANS and not device_limits(cupy.cuda.runtime.getDevice()).has_warpgroups:
+        pytest.skip("a kernel for Hopper")
     with planned(case.plan):
         case.assert_right(case.run(cupy))

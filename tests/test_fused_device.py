@@ -13,7 +13,7 @@ from test_device import random_image, random_mask
 from test_networks_device import on_device
 
 import sbnet_cupy
-from sbnet_cupy import BlockIndices, BlockParams, BottleneckWeights, _bottleneck, _fused_network
+from sbnet_cupy import BlockIndices, BlockParams, BottleneckWeights, _bottleneck, _conv, _fused, _fused_network
 from sbnet_cupy._engine import Route, bottleneck_routes
 from sbnet_cupy._validate import spec_of
 
@@ -127,6 +127,47 @@ def test_a_kernel_that_starts_early_sees_all_that_was_before_it(captured: bool) 
         stream.synchronize()
     assert bool((found[links % 2] == expected[links % 2]).all())
     assert bool(cupy.isfinite(found[links % 2]).all())
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), ARITHMETICS[:2])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_list_that_changes_just_before(
+    captured: bool, dtype: str, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions that look at the list of blocks before earlier kernels are done see what these make of it."""
+    monkeypatch.setattr(_fused, "_LEAD", 0.0)  # by warpgroups where there are any: others look later
+    _conv.prepare.cache_clear()
+    x, w = random_image((1, 120, 130, 24), dtype), random_image((3, 3, 24, 24), dtype, 1)
+    params = sbnet_cupy.calc_block_params(x.shape, (10, 10), w.shape, 1, "SAME")
+    masks = [cupy.asarray(random_mask(x.shape[:3], share)) for share in (0.001, 0.01, 0.0, 0.002)]
+    device_x, packed = cupy.asarray(x), sbnet_cupy.pack_weights(cupy.asarray(w), allow_tf32=tf32)
+    shared, links = sbnet_cupy.block_indices(masks[0], params, capacity=300), 12
+    grid = {"bsize": params.bsize_out, "bstride": params.bsize_out, "capacity": 300}
+
+    def chain(images: list[Any], wait: bool) -> None:
+        for k, image in enumerate(images):
+            sbnet_cupy.reduce_mask(masks[k % 4], params.bcount, out=shared, **grid)
+            sbnet_cupy.sparse_conv2d(
+                device_x, packed, shared, params, base=image, out=image, engine="fused", allow_tf32=tf32
+            )
+            if wait:
+                cupy.cuda.get_current_stream().synchronize()
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        expected, found = ([cupy.zeros_like(device_x) for _ in range(links)] for _ in range(2))
+        chain(expected, wait=True)
+        if captured:
+            stream.begin_capture()
+            chain(found, wait=False)
+            stream.end_capture().launch(stream)
+        else:
+            chain(found, wait=False)
+        stream.synchronize()
+    for k, (image, wanted) in enumerate(zip(found, expected)):
+        assert bool((image == wanted).all())
+        assert bool(image.any()) == (k % 4 != 2)
+    _conv.prepare.cache_clear()
 
 
 def test_two_streams_at_once() -> None:

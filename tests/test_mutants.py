@@ -101,6 +101,10 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "conv_plain": some(convs, "pads 2x5"),
         "conv": some(convs, "nchw-stride misaligned 1x1-stride hostile counted"),
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
+        "conv_wgmma": [
+            *some(convs, "wgmma wgmma-ragged wgmma-parts wgmma-chunks wgmma-columns wgmma-counted wgmma-hostile"),
+            *some(bottlenecks, "layers-wgmma"),
+        ],
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
         "bottleneck_chunks": some(bottlenecks, "chunks-of-the-middle chunks-of-the-channels"),
@@ -1539,12 +1543,20 @@ pack-column: pack.cu, pack
 + rest / p.chunks * kColumns + (column ^ 1)
 
 pack-part: pack.cu, pack
-- part * kNumbers
-+ part
+- * lanes + part * (lanes / 4), rest
++ * lanes + part, rest
 
 pack-positions: pack.cu, pack
-- position >= p.positions || feature
-+ feature
+- at.position >= p.positions || at.feature
++ at.feature
+
+pack-pieces: pack.cu, pack
+- return {piece % p.positions, piece / p.positions * lanes
++ return {piece / p.positions, piece % p.positions * lanes
+
+pack-turned: pack.cu, pack
+- place / 2 * (2 * p.together) + 2 * n + place % 2;
++ place / 2 * (2 * p.together) + n + place % 2 * p.together;
 
 pack-rounding: pack.cu, pack
 - numbers.lane[i] = round_tf32(numbers.lane[i]);
@@ -1595,8 +1607,92 @@ activated-without-relu: window.cuh, bottleneck
 + least(0.0f)
 
 piece-of-the-window: window.cuh, conv
-- Rows::offset(of_pixel) + piece() * kPieceBytes
+- Rows::offset(of_pixel) + piece() * Rows::kPieceStep
 + Rows::offset(of_pixel)
+
+rounding-of-the-window: window.cuh, conv_wgmma
+- rounded.lane[i] = round_tf32(piece.lane[i]);
++ rounded.lane[i] = piece.lane[i] * 0.99f;
+
+activation-of-zeros: window.cuh, conv_wgmma
+- return window.contains(at / kWidth, at % kWidth) ? rounded<T, kRounds>(number) : piece;
++ return rounded<T, kRounds>(number);
+
+fetched-beyond: window.cuh, conv_wgmma
+- at < kPixels && begin < channels && window.contains(y, x);
++ at < kPixels && begin < channels;
+
+wgmma-barrier: conv_wgmma.cu, conv_wgmma
+- show_to_warpgroups(); __syncthreads();
++ show_to_warpgroups();
+
+wgmma-beyond-the-count: conv_wgmma.cu, conv_wgmma
+- if (blockIdx.x >= tiles || !exists) return;
++ if (!exists) return;
+
+wgmma-blocks-that-do-not-exist: conv_wgmma.cu, conv_wgmma
+- if (blockIdx.x >= tiles || !exists) return;
++ if (blockIdx.x >= tiles) return;
+
+wgmma-window-of-a-chunk: conv_wgmma.cu, conv_wgmma
+- const int channel = chunk * Shape::kChunk * kPiece<T>,
++ const int channel = chunk * 0,
+
+wgmma-weights-of-a-chunk: conv_wgmma.cu, conv_wgmma
+- start_weights<Shape, Layout, part.value>(weights(chunk), c, chunk * Shape::kRows);
++ start_weights<Shape, Layout, part.value>(weights(chunk), c, 0);
+
+wgmma-weights-of-a-split: conv_wgmma.cu, conv_wgmma
+- static_cast<int64>(first) * columns + blockIdx.y * Layout::kAllColumns;
++ static_cast<int64>(first) * columns;
+
+wgmma-features: conv_wgmma.cu, conv_wgmma
+- if (feature < features) store(
++ store(
+
+wgmma-scale-of-a-feature: conv_wgmma.cu, conv_wgmma
+- const int feature = Shape::Order::feature_of(first_column + k);
++ const int feature = first_column + k;
+
+wgmma-ragged: conv_wgmma.cu, conv_wgmma
+- const bool exists = y < tile.y.size && x < tile.x.size && (inside[m][r] || stack);
++ const bool exists = inside[m][r] || stack;
+
+wgmma-inside: conv_wgmma.cu, conv_wgmma
+- if (!inside[m][r]) number[i] = 0.0f;
++
+
+wgmma-residual: conv_wgmma.cu, conv_wgmma
+- if constexpr (Form::kAdds) number[i] += Addition<T>::begin(residual[run].lane[i]);
++
+
+wgmma-relu: conv_wgmma.cu, conv_wgmma
+- least(c.target_relu != 0 ? 0.0f : -__int_as_float(0x7f800000))
++ least(0.0f)
+
+warpgroup-rows: warpgroup.cuh, conv_wgmma
+- kWarp % 4 * 2 + r; }
++ kWarp % 4 + r * 4; }
+
+warpgroup-squares: warpgroup.cuh, conv_wgmma
+- return (square + m) / kSquaresW * kSide;
++ return (square + m) % kSquaresW * kSide;
+
+warpgroup-columns: warpgroup.cuh, conv_wgmma
+- column = group / kGroupsM * kN * kColumns;
++ column = 0;
+
+warpgroup-first-product: warpgroup.cuh, conv_wgmma
+- adds || step > 0);
++ true);
+
+warpgroup-positions: warpgroup.cuh, conv_wgmma
+- position / kKernelW * Planes::kRow + position % kKernelW * kPieceBytes;
++ position % kKernelW * Planes::kRow + position / kKernelW * kPieceBytes;
+
+feature-order: warpgroup.cuh, conv_wgmma
+- place / 2 * (2 * kTogether) + 2 * n + place % 2;
++ place / 2 * (2 * kTogether) + n + place % 2 * kTogether;
 
 depth-left-out: window.cuh, conv_chunks
 - for (int d = 0; d < kDepth; ++d) { #pragma unroll for
@@ -1686,11 +1782,11 @@ conv-stride: conv.cu, conv
 - offset(y * Shape::kStrideH, x * Shape::kStrideW)
 + offset(y * Shape::kStrideH, x)
 
-conv-padding: conv.cu, conv_plain
+conv-padding: conv.cuh, conv_plain
 - x.first) * Shape::kStrideW - (stack ? 0 : static_cast<int>(c.width.pad));
 + x.first) * Shape::kStrideW - (stack ? 0 : static_cast<int>(c.height.pad));
 
-conv-padding-of-a-stack: conv.cu, layers
+conv-padding-of-a-stack: conv.cuh, layers
 - y.first) * Shape::kStrideH - (stack ? 0 : static_cast<int>(c.height.pad));
 + y.first) * Shape::kStrideH - static_cast<int>(c.height.pad);
 
@@ -1698,7 +1794,7 @@ conv-outside-of-a-stack: conv.cu, layers
 - if (!inside) number[i] = 0.0f;
 +
 
-conv-last-feature: conv.cu, conv_plain
+conv-last-feature: conv.cuh, conv_plain
 - if (has_second) to[stride] = result.lane[1];
 + to[stride] = result.lane[1];
 
@@ -1855,6 +1951,21 @@ bank-conflicts: tile.cuh, gather_tiled
 = the same result, only slower: whoever writes or reads a tile asks for the same slot
 - pixel / kEvery % 8
 + 0
+
+wgmma-zeros: conv_wgmma.cu, conv_wgmma
+= weights are zero there, and what shared memory begins with on a CPU is no NaN
+- staging.clear_zeros();
++
+
+wgmma-list-read-once: conv_wgmma.cu, conv_wgmma
+= kernels run one after the other, so that no list changes on the way
+- at = listed;
++
+
+wgmma-not-shown: conv_wgmma.cu, conv_wgmma
+= the plain twins of products read what threads have written
+- show_to_warpgroups(); __syncthreads();
++ __syncthreads();
 
 uneven-batches: transfer.cuh, gather
 = the same result, only slower: more loads are waited for at the end of a block

@@ -50,7 +50,9 @@ def test_each_number_lies_where_the_formula_says(shape: tuple[int, int, int, int
     """Word by word, from the module's description; nothing else but zeros."""
     w = np.arange(1, 1 + np.prod(shape)).reshape(shape).astype(dtype)
     packing = packing_of(shape, dtype.itemsize)
-    expected = np.zeros((*packing.shape, 4 // dtype.itemsize), dtype)
+    expected = np.zeros((*packing.warp_shape, 4 // dtype.itemsize), dtype)
+    groups = np.zeros((*packing.warpgroup_shape, 4 // dtype.itemsize), dtype)
+    turned = dtype.itemsize == 2 and shape[3] > 0 and -(-shape[3] // 8) % 4 == 0
     for position, (y, x) in enumerate(np.ndindex(shape[:2])):
         for channel in range(shape[2]):
             piece, lane = divmod(channel, 16 // dtype.itemsize)
@@ -59,9 +61,14 @@ def test_each_number_lies_where_the_formula_says(shape: tuple[int, int, int, int
             word, part = divmod(lane * dtype.itemsize, 4)
             features = np.arange(shape[3])
             expected[features // 8, chunk, step, features % 8, word, place, part // dtype.itemsize] = w[y, x, channel]
+            columns = features // 32 * 32 + features % 8 // 2 * 8 + features % 32 // 8 * 2 + features % 2
+            columns = columns if turned else features
+            number = piece * packing.positions + position
+            groups[number, columns, word, part // dtype.itemsize] = w[y, x, channel]
     found = pack(w, packing)
     assert found.dtype == np.uint32
-    assert identical(found, expected.view(np.uint32)[..., 0])
+    assert packing.warpgroup_offset == 4 * np.prod(packing.warp_shape)
+    assert identical(found, np.concatenate([expected.view(np.uint32).ravel(), groups.view(np.uint32).ravel()]))
 
 
 def test_tf32_is_rounded_to_the_nearest_and_ties_go_away_from_zero() -> None:

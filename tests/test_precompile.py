@@ -134,7 +134,7 @@ def test_fused_calls_launch_what_is_named_and_nothing_else(name: str) -> None:
     call = CALLS[name]
     expected = launched(call, "fused", packs=False) | launched(call, "fused", packs=True)
     if call.blocks:
-        assert {instance.source for instance in expected} & {"conv.cu", "bottleneck.cu"}
+        assert {instance.source for instance in expected} & {"conv.cu", "conv_wgmma.cu", "bottleneck.cu"}
     found = named(call, "fused")
     assert expected <= found
     # A projection may have to be rounded, by one of these.
@@ -158,7 +158,8 @@ def test_auto_is_the_engine_of_the_call(name: str) -> None:
     call = CALLS[name]
     expected = launched(call, "auto", packs=False)
     assert expected <= named(call, "auto")
-    engine = "fused" if {i.source for i in expected} & {"conv.cu", "bottleneck.cu", "pack.cu"} else "composed"
+    sources = {"conv.cu", "conv_wgmma.cu", "bottleneck.cu", "pack.cu"}
+    engine = "fused" if {i.source for i in expected} & sources else "composed"
     assert named(call, "auto") == named(call, engine)
 
 

@@ -159,7 +159,7 @@ def test_the_size_of_packed_weights_is_known_without_packing(dtype: Any) -> None
     with FakeTensorMode():
         for shape in ((3, 3, 40, 24), (1, 1, 7, 9)):
             words = pack_weight_op(torch.empty(shape, dtype=dtype, device="cuda"), True)
-            wanted = (0,) if dtype == torch.float64 else packing_of(shape, dtype.itemsize).shape
+            wanted = (0,) if dtype == torch.float64 else (packing_of(shape, dtype.itemsize).words,)
             assert (words.dtype, words.device.type, tuple(words.shape)) == (torch.int32, "cuda", wanted)
     assert pack_weight_op(torch.ones(1, 1, 4, 4, dtype=dtype), True).shape == (0,)
 
@@ -168,7 +168,7 @@ def places(module: Any) -> tuple[list[Any], list[Any], tuple[Place, ...], tuple[
     """Weights of a module and room for packed ones, and where they lie, as if on device 3: nothing is read there."""
     weights = module.folded().weights
     words = [
-        torch.zeros(packing_of(tuple(w.shape), w.element_size()).shape, dtype=torch.int32)
+        torch.zeros(packing_of(tuple(w.shape), w.element_size()).words, dtype=torch.int32)
         for w in weights[: module.packed]
     ]
     found = [tuple(Place.of(t)._replace(device=3) for t in tensors) for tensors in (weights, words)]

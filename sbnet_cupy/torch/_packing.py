@@ -45,8 +45,8 @@ def _(weight: Any, tf32: Any) -> Any:
 
 
 def _new_words(weight: Tensor) -> Tensor:
-    shape = packing_of(tuple(weight.shape), weight.element_size()).shape if is_packed(weight) else (0,)
-    return weight.new_empty(shape, dtype=torch.int32)
+    words = packing_of(tuple(weight.shape), weight.element_size()).words if is_packed(weight) else 0
+    return weight.new_empty(words, dtype=torch.int32)
 
 
 def conv_weights(weight: Tensor, words: list[Tensor], tf32: bool | None) -> tuple[Any, bool]:

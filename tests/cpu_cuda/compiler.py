@@ -195,6 +195,7 @@ def build(code: str, options: Sequence[str], expressions: Sequence[str]) -> Path
     code = re.sub("^//.*\n", "", code)  # a digest of all sources: here, only those that are included count
     sources = list(_closure(code, folders))
     text = _wrap(code, expressions, "\n".join(p.read_text() for p in sources))
+    options = [option for option in options if not option.startswith("-arch=")]
     command = ["g++", *options, f"-I{_FOLDER}", *_FLAGS, *_more_flags()]
     digest = hashlib.sha256(repr((command, text)).encode())
     for path in (*sources, *sorted(_FOLDER.glob("*.h"))):

@@ -1,0 +1,141 @@
+// Products of warpgroups: how windows and weights lie in shared memory for Hopper's tensor cores to read them there, and
+// how two warpgroups share the sums of a tile.
+#pragma once
+
+#include "window.cuh"
+
+namespace sbnet {
+
+constexpr int kGroupThreads = 128, kGroups = kProductThreads / kGroupThreads;
+
+// The 64 rows of a product are a square of so many pixels a side: 8 neighbours lie side by side, rows at one distance.
+constexpr int kSide = 8;
+
+// How kHeight x kWidth pixels of kPieces pieces lie in shared memory: a plane for each piece, pixel after pixel. Planes
+// are shifted around the banks, so that threads that store pieces of one pixel and of the next find different ones.
+template <int kPieces, int kHeight, int kWidth>
+struct PixelPlanes {
+    static constexpr int kW = kWidth, kPixels = kHeight * kWidth;
+    static constexpr int kRow = kWidth * kPieceBytes;
+    static constexpr int kShift = (kPieces + 7) / kPieces % 8;  // pieces; the banks hold 8
+    static constexpr int kPieceStep = ((kPixels - kShift + 7) / 8 * 8 + kShift) * kPieceBytes;  // from plane to plane
+    static constexpr int kBytes = kPieces * kPieceStep;
+
+    __device__ static int offset(int y, int x) { return y * kRow + x * kPieceBytes; }
+    __device__ static int offset(int pixel) { return pixel * kPieceBytes; }
+};
+
+// How the warpgroups of a CTA share a tile of kSquaresH x kSquaresW squares: each takes kM of them and kN times 8 columns.
+// kGroupsM of them differ in their squares, the others in their columns.
+template <int kSquaresH, int kSquaresW, int kM_, int kN_, int kGroupsM>
+struct Warpgroups {
+    static constexpr int kM = kM_, kN = kN_;
+    static constexpr int kTileH = kSquaresH * kSide, kTileW = kSquaresW * kSide;
+    static constexpr int kAllColumns = kN * kColumns * (kGroups / kGroupsM);
+    static_assert(kM * kGroupsM == kSquaresH * kSquaresW, "each square belongs to a group");
+
+    int square, column;  // first ones of the calling group
+
+    // The group's number comes from one lane, for the compiler to know that its threads agree.
+    __device__ Warpgroups() {
+        const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+        square = group % kGroupsM * kM;
+        column = group / kGroupsM * kN * kColumns;
+    }
+
+    // Pixel of the tile where square number m of the group begins.
+    __device__ int top(int m) const { return (square + m) / kSquaresW * kSide; }
+    __device__ int left(int m) const { return (square + m) % kSquaresW * kSide; }
+
+    // Pixel of sums 2 * r and 2 * r + 1 of square m.
+    __device__ int y(int m, int r) const { return top(m) + static_cast<int>(threadIdx.x) / kWarp % 4 * 2 + r; }
+    __device__ int x(int m) const { return left(m) + static_cast<int>(threadIdx.x) % kWarp / 4; }
+};
+
+// Which feature a column of the weights is. A thread has the same two of each 8 columns: so those of kTogether times 8 are
+// packed in such an order that what it has of them are neighbours among the features, and can be written together.
+template <int kTogether>
+struct FeatureOrder {
+    __host__ __device__ static constexpr int feature_of(int column) {
+        const int within = column % (kTogether * kColumns), n = within / kColumns, place = within % kColumns;
+        return column - within + place / 2 * (2 * kTogether) + 2 * n + place % 2;
+    }
+};
+
+// A product's depth in the order of weights that are packed for warpgroups (see _packing.py): kChunk pieces of a pixel,
+// each at all pixels under the kernel. A product takes two; where they are odd, the last one goes with zeros.
+template <int kChunk_, int kKernelH, int kKernelW_>
+struct PlaneDepth {
+    static constexpr int kChunk = kChunk_, kKernelW = kKernelW_, kPositions = kKernelH * kKernelW_;
+    static constexpr int kPieces = kChunk * kPositions, kSteps = (kPieces + 1) / 2;
+    static constexpr bool kIsOdd = kPieces % 2 != 0;
+
+    // The first step of one of several parts.
+    __host__ __device__ static constexpr int part_begin(int part, int parts) { return kSteps * part / parts; }
+
+    // From a pixel of the window to number k of what is multiplied with it. The plane of zeros follows the others.
+    template <typename Planes>
+    __device__ static constexpr int offset(int k) {
+        const int position = k % kPositions;
+        return k / kPositions * Planes::kPieceStep + position / kKernelW * Planes::kRow +
+               position % kKernelW * kPieceBytes;
+    }
+};
+
+// The sums of a group, which begin with the first product.
+template <typename Layout>
+struct GroupSums {
+    float at[Layout::kM][Layout::kN][4];
+
+    __device__ void hold() {
+#pragma unroll
+        for (int m = 0; m < Layout::kM; ++m) hold_sums(at[m]);
+    }
+};
+
+// The product of a window of planes and of weights [rows, kAllColumns] of 16 bytes.
+template <typename T, typename Planes, typename Depth, typename Layout>
+struct GroupProduct {
+    static constexpr int kWeightStep = Layout::kAllColumns * kPieceBytes;
+
+    SharedAddress squares[Layout::kM], columns;
+
+    __device__ GroupProduct(const unsigned char* window, const unsigned char* weights, const Layout& layout)
+        : columns(shared_address(weights) + layout.column * kPieceBytes) {
+#pragma unroll
+        for (int m = 0; m < Layout::kM; ++m) {
+            squares[m] = shared_address(window) + Planes::offset(layout.top(m), layout.left(m));
+        }
+    }
+
+    // Starts to add steps [kBegin, kEnd) to all sums. Without `adds`, step 0 begins them.
+    template <int kBegin, int kEnd>
+    __device__ void add(GroupSums<Layout>& sums, bool adds) const {
+#pragma unroll
+        for (int step = kBegin; step < kEnd; ++step) {
+            const int first = Depth::template offset<Planes>(2 * step);
+            const int second = Depth::template offset<Planes>(2 * step + 1);
+#pragma unroll
+            for (int m = 0; m < Layout::kM; ++m) {
+                multiply_shared<T, Layout::kN>(sums.at[m], {squares[m] + first, second - first, Planes::kRow},
+                                               {columns + 2 * step * kWeightStep, kWeightStep, kSide * kPieceBytes},
+                                               adds || step > 0);
+            }
+        }
+    }
+};
+
+// Calls visit(part) for 0 <= part.value < kParts: constants, as template arguments have to be.
+template <int kValue>
+struct Constant {
+    static constexpr int value = kValue;
+};
+template <int kParts, int kPart = 0, typename Visit>
+__device__ inline void for_parts(const Visit& visit) {
+    if constexpr (kPart < kParts) {
+        visit(Constant<kPart>());
+        for_parts<kParts, kPart + 1>(visit);
+    }
+}
+
+}  // namespace sbnet

@@ -1,0 +1,212 @@
+"""How the convolution by warpgroups cuts its work: pure functions of the problem and of the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ._fused_clocks import Clocks
+from ._fused_conv_plan import ConvProblem
+from ._fused_plan import DeviceLimits, Pair, alone, contenders, fastest, may_share, room_beside
+from ._packing import COLUMNS, PIECE_BYTES
+from ._warps import THREADS
+
+#: Pixels of a side of the squares that tiles are made of; squares of a tile along an axis and in all, at most.
+SIDE, _MOST_SIDE, _MOST_SQUARES = 8, 4, 8
+
+#: Warpgroups of a CTA.
+GROUPS = 2
+
+#: Groups of 8 columns that a product may have, as in kernels/ptx.cuh.
+_COLUMN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+#: Numbers that a thread sums, at most: alone, with a step before or a residual, and next to another CTA, which has half
+#: of the registers. More would spill.
+_MOST_SUMS, _STEP_SUMS, _FEW_SUMS = 128, 96, 48
+
+#: Pieces of a window that a thread holds in registers, at most, where they are changed on their way: the same; and
+#: squares of a group next to another CTA.
+_MOST_TURNS, _STEP_TURNS, _FEW_TURNS, _FEW_SQUARES = 14, 8, 4, 2
+
+#: Products that a kernel has in a row, at most: more would not fit the instruction cache.
+_MOST_PRODUCTS = 160
+
+#: Pieces of a pixel in a chunk, where there are several.
+_CHUNKS = (2, 4, 8, 16, 32)
+
+# The model was fitted to 2129 plans of 360 convolutions on an H100 (root mean square error 11 %): 3x3 and 1x1, of 24 to
+# 512 channels, in TF32 and float16. Of the plans that were measured, its pick takes 1.03 of the best one's time on
+# average.
+
+#: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
+#: weights; and that a launch takes besides its tiles.
+_WAITS, _CHUNK, _PART, _LAUNCH = 1760, 340, 130, 1820
+
+#: Bytes of windows, by the size of a number, and of weights in a clock.
+_BROUGHT, _WEIGHTS = {2: 13.5, 4: 18.9}, 101
+
+#: Clocks of a product of each group: at least, and for each 8 columns.
+_PRODUCT, _COLUMN = 16.8, 3.25
+
+#: Bytes of results in a clock, by those that a thread writes at once; and how much longer windows take that are
+#: activated.
+_WRITTEN, _ACTIVATION = {4: 4.9, 8: 14.3, 16: 14.3}, 1.5
+
+
+class GroupLayout(NamedTuple):
+    """How the warpgroups of a CTA share a tile. Mirrored by Warpgroups of kernels/warpgroup.cuh."""
+
+    squares: Pair
+    #: Squares of a group, and groups of 8 columns.
+    m: int
+    n: int
+    #: Groups that differ in their squares; the others differ in their columns.
+    groups_m: int
+
+    @property
+    def tile(self) -> Pair:
+        """Its pixels."""
+        return self.squares[0] * SIDE, self.squares[1] * SIDE
+
+    @property
+    def columns(self) -> int:
+        """Columns of all groups."""
+        return self.n * COLUMNS * (GROUPS // self.groups_m)
+
+    @property
+    def sums(self) -> int:
+        """Numbers that a thread sums."""
+        return self.m * self.n * 4
+
+    @property
+    def expression(self) -> str:
+        """Its C++ type."""
+        return f"sbnet::Warpgroups<{self.squares[0]}, {self.squares[1]}, {self.m}, {self.n}, {self.groups_m}>"
+
+
+class WgmmaPlan(NamedTuple):
+    """How a convolution is cut."""
+
+    layout: GroupLayout
+    #: Tiles of a block.
+    tiles: Pair
+    #: Pieces of a pixel that are staged at a time, how often, and in how many parts their weights come.
+    chunk: int
+    chunks: int
+    parts: int
+    #: CTAs that share the features of a tile.
+    splits: int
+    #: Bytes of shared memory.
+    shared: int
+    #: CTAs that a multiprocessor holds at a time.
+    resident: int
+    #: What a CTA takes.
+    clocks: Clocks
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a block."""
+        return self.tiles[0] * self.tiles[1] * self.splits
+
+
+def plan_wgmma(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[WgmmaPlan | None, float]:
+    """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
+    plan, clocks = fastest(_contenders(problem, limits), rows, limits)
+    return plan, clocks + _LAUNCH
+
+
+@functools.lru_cache(maxsize=1024)
+def _contenders(problem: ConvProblem, limits: DeviceLimits) -> tuple[WgmmaPlan, ...]:
+    return contenders(wgmma_plans(problem, limits))
+
+
+def wgmma_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[WgmmaPlan]:
+    """All plans that fit."""
+    packing = problem.packing
+    columns = packing.warpgroup_shape[1] // COLUMNS
+    beside = room_beside(limits) if may_share(limits) else 0
+    steps_around = problem.activates or problem.adds
+    most, most_turns = (_STEP_SUMS, _STEP_TURNS) if steps_around else (_MOST_SUMS, _MOST_TURNS)
+    for layout in group_layouts(problem.block, columns, packing.together, most):
+        tiles = math.ceil(problem.block[0] / layout.tile[0]), math.ceil(problem.block[1] / layout.tile[1])
+        splits = columns * COLUMNS // layout.columns
+        for chunk in chunks_of(packing.pixel_pieces, packing.positions, layout.m):
+            turns = _turns(chunk, layout, problem)
+            chunks = packing.pixel_pieces // chunk
+            shared = 8 * layout.columns + min(2, chunks) * _stage_bytes(chunk, layout, problem)
+            if problem.activates:
+                shared += 8 * packing.pixel_pieces * packing.lanes
+            few = layout.sums <= _FEW_SUMS and layout.m <= _FEW_SQUARES and turns <= _FEW_TURNS and not problem.adds
+            for parts in (1, 2):
+                if 2 * parts > chunk * packing.positions:
+                    continue
+                clocks = _cta_clocks(layout, tiles, chunk, chunks, parts, problem)
+                if shared <= limits.cta_shared and turns <= most_turns:
+                    own = alone(shared, limits)
+                    yield WgmmaPlan(layout, tiles, chunk, chunks, parts, splits, own, 1, clocks)
+                if shared <= beside and few:
+                    yield WgmmaPlan(layout, tiles, chunk, chunks, parts, splits, shared, 2, clocks)
+
+
+def group_layouts(block: Pair, columns: int, together: int, most: int) -> Iterator[GroupLayout]:
+    """Layouts of tiles no larger than a block needs, and of a divisor of the columns, in groups of 8.
+
+    Of those, `together` belong together: a warpgroup takes a divisor of them, or a multiple. `most`: sums of a thread.
+    """
+    sides = [range(1, min(_MOST_SIDE, math.ceil(size / SIDE)) + 1) for size in block]
+    for height, width in itertools.product(*sides):
+        squares = height * width
+        if squares > _MOST_SQUARES:
+            continue
+        for groups_m, n in itertools.product((1, 2), _COLUMN_COUNTS):
+            layout = GroupLayout((height, width), squares // groups_m, n, groups_m)
+            fits = squares % groups_m == 0 and columns % (n * GROUPS // groups_m) == 0
+            whole = n % together == 0 or together % n == 0
+            if fits and whole and layout.sums <= most:
+                yield layout
+
+
+def chunks_of(pieces: int, positions: int, squares: int) -> Iterator[int]:
+    """Pieces of a pixel that may be staged at a time: all, or an even part."""
+    most = 2 * _MOST_PRODUCTS // (positions * squares)
+    if 0 < pieces <= min(most, THREADS):
+        yield pieces
+    yield from (chunk for chunk in _CHUNKS if chunk < pieces and chunk <= most and pieces % chunk == 0)
+
+
+def _window_pixels(layout: GroupLayout, problem: ConvProblem) -> int:
+    height, width = (size + k - 1 for size, k in zip(layout.tile, problem.ksize))
+    return height * width
+
+
+def _turns(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
+    """Pieces of a window that a thread holds in registers: none where they are copied as they are."""
+    changes = problem.activates or problem.packing.lanes == 4
+    return math.ceil(_window_pixels(layout, problem) / (THREADS // chunk)) if changes else 0
+
+
+def _stage_bytes(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
+    """Shared memory of a chunk's window and weights. Mirrored by WgmmaShape of kernels/conv_wgmma.cu."""
+    shift = (chunk + 7) // chunk % 8
+    plane = math.ceil((_window_pixels(layout, problem) - shift) / 8) * 8 + shift
+    pieces = chunk * problem.packing.positions
+    return PIECE_BYTES * (plane * (chunk + pieces % 2) + (pieces + pieces % 2) * layout.columns)
+
+
+def _cta_clocks(
+    layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts: int, problem: ConvProblem
+) -> Clocks:
+    packing, itemsize = problem.packing, PIECE_BYTES // problem.packing.lanes
+    pieces = chunks * chunk
+    brought = _window_pixels(layout, problem) * pieces * PIECE_BYTES / _BROUGHT[itemsize]
+    works = brought * (_ACTIVATION if problem.activates else 1)
+    works += pieces * packing.positions * layout.columns * PIECE_BYTES / _WEIGHTS
+    steps = chunks * math.ceil(chunk * packing.positions / 2)
+    works += steps * layout.m * GROUPS * max(_PRODUCT, _COLUMN * layout.n)
+    pixels = problem.block[0] * problem.block[1] / (tiles[0] * tiles[1])
+    written = pixels * layout.columns * itemsize / _WRITTEN[2 * itemsize * min(packing.together, layout.n)]
+    works += written * (2 if problem.adds else 1)
+    return Clocks(_WAITS + (chunks - 1) * _CHUNK + (parts - 1) * _PART, works)
