@@ -1,6 +1,7 @@
 // The convolution of conv.cu by warpgroups, for Hopper: its tensor cores read the window and the weights from shared
 // memory, so that no thread brings matrices to registers, and a tile needs fewer instructions by far. Tiles are squares
-// of 8 x 8 pixels, strides are 1, and pixels are whole pieces of 16 bytes.
+// of 8 x 8 pixels, strides are 1, and pixels are whole pieces of 16 bytes. No step comes before it, and no residual after
+// it: bottlenecks of three launches took up to 1.26 times as long where this was the last of them.
 #include "conv.cuh"
 #include "warpgroup.cuh"
 
@@ -49,17 +50,14 @@ __device__ inline void share_features(float* scales, float* shifts, const Conv& 
 }
 
 // Where a thread's results go. Found before the products, while the window is on its way.
-template <typename T, typename Layout, typename Shape, typename Form>
+template <typename T, typename Layout, typename Shape>
 struct SquareResults {
     // Of each 8 columns, a thread has two; those of so many are neighbouring features.
     static constexpr int kM = Layout::kM, kN = Layout::kN, kTogether = kN < Shape::kTogether ? kN : Shape::kTogether;
     static constexpr int kLanes = 2 * kTogether, kRuns = kN / kTogether;
     static_assert(kN % kTogether == 0 && Shape::kTogether % kTogether == 0, "runs of features do not overlap");
-    using Run = Vec<T, kLanes>;
-
     // Of a pixel; null if there is no such pixel.
     T* to[kM][2];
-    const T* with[kM][2];
     bool inside[kM][2];  // of the image; else zeros are written, to a stack
     int features, first_column;
     float least;  // of a result
@@ -72,9 +70,7 @@ struct SquareResults {
           least(c.target_relu != 0 ? 0.0f : -__int_as_float(0x7f800000)) {
         const bool stack = c.target_is_stack != 0;
         const Window target = tile.target(c, c.target_strides, stack);
-        const Window residual = tile.target(c, c.residual_strides, false);
         T* const target_tile = static_cast<T*>(c.target) + target.origin;
-        const T* const residual_tile = static_cast<const T*>(c.residual) + residual.origin;
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -83,7 +79,6 @@ struct SquareResults {
                 inside[m][r] = target.contains(y, x);
                 const bool exists = y < tile.y.size && x < tile.x.size && (inside[m][r] || stack);
                 to[m][r] = exists ? target_tile + target.offset(y, x) : nullptr;
-                with[m][r] = residual.contains(y, x) ? residual_tile + residual.offset(y, x) : nullptr;
                 hold(to[m][r]);
             }
         }
@@ -102,15 +97,6 @@ struct SquareResults {
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                Run residual[kRuns];
-                if constexpr (Form::kAdds) {
-#pragma unroll
-                    for (int run = 0; run < kRuns; ++run) {
-                        const int feature = feature_of(run);
-                        residual[run] = with[m][r] != nullptr && feature < features ? load<Run>(with[m][r] + feature, 0)
-                                                                                    : Run{};
-                    }
-                }
                 if (to[m][r] == nullptr) continue;
 #pragma unroll
                 for (int run = 0; run < kRuns; ++run) {
@@ -120,7 +106,6 @@ struct SquareResults {
                         const int n = run * kTogether + i / 2;
                         const float sum = sums.at[m][n][2 * r + i % 2];
                         number[i] = max_exact(fma_exact(sum, scale[n].lane[i % 2], shift[n].lane[i % 2]), least);
-                        if constexpr (Form::kAdds) number[i] += Addition<T>::begin(residual[run].lane[i]);
                         if (!inside[m][r]) number[i] = 0.0f;
                     }
                     const int feature = feature_of(run);
@@ -130,25 +115,26 @@ struct SquareResults {
         }
     }
 
-    __device__ int feature_of(int run) const { return Shape::Order::feature_of(first_column + run * kTogether * kColumns); }
+    __device__ int feature_of(int run) const {
+        return Shape::Order::feature_of(first_column + run * kTogether * kColumns);
+    }
 };
 
 // The windows and weights of a tile in shared memory, chunk after chunk: of several, two at a time.
-template <typename T, typename Layout, typename Shape, typename Form>
+template <typename T, typename Layout, typename Shape, bool kSeveral>
 struct Chunks {
     using Staged = SharedWindow<T, Shape::kChunk, typename Shape::Planes>;
     static constexpr int kBytes = Shape::kWeightBytes + Shape::kWindowBytes, kParts = Shape::kParts;
-    // Numbers that are changed come through registers, others as they are.
-    static constexpr bool kRounds = sizeof(T) == 4, kChanges = kRounds || Form::kActivates;
-    static constexpr int kGroups = kParts + (kChanges ? 0 : 1);  // of asynchronous copies of a chunk
+    // float32 comes through registers, to be rounded to TF32, halves as they are.
+    static constexpr bool kRounds = sizeof(T) == 4;
+    static constexpr int kGroups = kParts + (kRounds ? 0 : 1);  // of asynchronous copies of a chunk
 
     const Conv& c;
     unsigned char* memory;
-    float *source_scale, *source_shift;  // in shared memory, if the input is activated
     Window window;
     typename Staged::Numbers numbers;
 
-    __device__ unsigned char* weights(int chunk) const { return memory + (Form::kChunks ? chunk % 2 * kBytes : 0); }
+    __device__ unsigned char* weights(int chunk) const { return memory + (kSeveral ? chunk % 2 * kBytes : 0); }
     __device__ unsigned char* pixels(int chunk) const { return weights(chunk) + Shape::kWeightBytes; }
 
     // What goes with the last number, where they are odd. There is a single chunk then.
@@ -173,7 +159,7 @@ struct Chunks {
         const Staged staged{pixels(chunk)};
         const T* source = static_cast<const T*>(c.source);
         const int channel = chunk * Shape::kChunk * kPiece<T>, channels = static_cast<int>(c.channels);
-        if constexpr (kChanges) {
+        if constexpr (kRounds) {
             staged.fetch(numbers, window, source, channel, channels);
         } else {
             staged.template start<true>(window, source, channel, channels);
@@ -183,36 +169,25 @@ struct Chunks {
 
     // Puts numbers that have come through registers in their place.
     __device__ void finish_window(int chunk) const {
-        const Staged staged{pixels(chunk)};
-        if constexpr (Form::kActivates) {
-            const ChannelAffine<kPiece<T>> affine(source_scale, source_shift, c.source_relu != 0,
-                                                  (chunk * Shape::kChunk + Staged::piece()) * kPiece<T>);
-            staged.template put<kRounds>(numbers, window, affine);
-        } else if constexpr (kRounds) {
-            staged.put(numbers);
-        }
+        if constexpr (kRounds) Staged{pixels(chunk)}.put(numbers);
     }
 };
 
 // A CTA takes some features (blockIdx.y tells which) of one tile; the grid has room for more blocks than are active.
 // Chunks of the channels are staged, with their weights, while those before are multiplied.
 // Registers: at most 255, or 128 where a multiprocessor is to hold two CTAs (kCtas).
-template <typename T, typename Layout, typename Shape, typename Form, int kCtas>
+template <typename T, typename Layout, typename Shape, bool kSeveral, int kCtas>
 __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv c) {
-    using Staging = Chunks<T, Layout, Shape, Form>;
+    using Staging = Chunks<T, Layout, Shape, kSeveral>;
     constexpr int kParts = Shape::kParts;
-    static_assert(Form::kWhole && Form::kPaired, "pixels of all tensors are whole pieces");
     extern __shared__ StepWords conv_wgmma_shared[];
     float* target_scale = reinterpret_cast<float*>(conv_wgmma_shared);
     float* target_shift = target_scale + Layout::kAllColumns;
-    float* source_scale = target_shift + Layout::kAllColumns;
-    const int source_room = Form::kActivates ? Shape::kChunk * kPiece<T> * static_cast<int>(c.chunks) : 0;
-    float* source_shift = source_scale + source_room;
 
     assume(threadIdx.x < kProductThreads);
     const Layout layout;
     const int first_column = blockIdx.y * Layout::kAllColumns;
-    Staging staging{c, reinterpret_cast<unsigned char*>(source_shift + source_room), source_scale, source_shift};
+    Staging staging{c, reinterpret_cast<unsigned char*>(target_shift + Layout::kAllColumns)};
     staging.clear_zeros();
 
     // All that follows from the block is found before earlier kernels are done. Most often, the list of blocks is as it
@@ -220,13 +195,13 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv 
     TileNumbers at(c, blockIdx.x, Freshly()), listed;
     int64 active;
     bool exists;
-    SquareResults<T, Layout, Shape, Form> results;
+    SquareResults<T, Layout, Shape> results;
 #pragma unroll 1
     for (bool is_first = true;; is_first = false) {
         const ConvTile tile(c, at, Shape());
         exists = tile.exists;
         staging.window = tile.source(c, Shape());
-        results = SquareResults<T, Layout, Shape, Form>(c, tile, layout, first_column);
+        results = SquareResults<T, Layout, Shape>(c, tile, layout, first_column);
         if (is_first) {
             wait_for_earlier_kernels();
             active = load_fresh(c.bin_counts);
@@ -234,7 +209,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv 
         }
         if (exists) staging.start_window(0);
         // Behind a window that comes through registers, weights need not wait for the list.
-        if (Staging::kChanges && is_first) staging.start_weights_of(0);
+        if (Staging::kRounds && is_first) staging.start_weights_of(0);
         if (!is_first || listed == at) break;
         at = listed;
         wait_async();  // for what goes to the same places
@@ -242,28 +217,23 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv 
     __syncwarp();
     const int64 tiles = (active < c.rows ? active : c.rows) * c.tiles;
     if (blockIdx.x >= tiles || !exists) return;
-    if (!Staging::kChanges) staging.start_weights_of(0);
+    if (!Staging::kRounds) staging.start_weights_of(0);
     share_features<Shape, Layout>(target_scale, target_shift, c, first_column);
-    if constexpr (Form::kActivates) {
-        share_channels(source_scale, source_shift, source_room, c.source_scale, c.source_shift, 0,
-                       static_cast<int>(c.channels));
-        __syncthreads();
-    }
     staging.finish_window(0);
 
     GroupSums<Layout> sums;
-    const int chunks = Form::kChunks ? static_cast<int>(c.chunks) : 1;
+    const int chunks = kSeveral ? static_cast<int>(c.chunks) : 1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const GroupProduct<T, typename Shape::Planes, typename Shape::Depth, Layout> product(
             staging.pixels(chunk), staging.weights(chunk), layout);
         const bool more = chunk + 1 < chunks;
         for_parts<kParts>([&](auto part) {
             // Groups of copies behind this part: the parts after it, and from part 1 on the next chunk.
-            constexpr int kPart = part.value, kNext = Form::kChunks && kPart > 0 ? Staging::kGroups : 0;
+            constexpr int kPart = part.value, kNext = kSeveral && kPart > 0 ? Staging::kGroups : 0;
             wait_async_groups<kParts - 1 - kPart + kNext>();
             show_to_warpgroups();
             __syncthreads();
-            if (Form::kChunks && kPart == 0) {
+            if (kSeveral && kPart == 0) {
                 if (more) {  // to the memory of the chunk before this one
                     staging.start_window(chunk + 1);
                     staging.start_weights_of(chunk + 1);

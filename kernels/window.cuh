@@ -315,7 +315,7 @@ struct SharedWindow {
         }
     }
 
-    // The same for whole pieces that are changed on their way: through registers. They are asked for here.
+    // The same for whole pieces of float32 that are rounded on their way: through registers. They are asked for here.
     struct Numbers {
         Vec<T, kPiece<T>> at[kTurns];
     };
@@ -334,31 +334,14 @@ struct SharedWindow {
 
     // Rounded to TF32.
     __device__ void put(const Numbers& numbers) const {
-        put_changed(numbers, [](int, const Vec<T, kPiece<T>>& piece) {
-            auto rounded = piece;
-#pragma unroll
-            for (int i = 0; i < kPiece<T>; ++i) rounded.lane[i] = round_tf32(piece.lane[i]);
-            return rounded;
-        });
-    }
-
-    // After a step in all pixels of the tensor; what is zero outside of it stays.
-    template <bool kRounds>
-    __device__ void put(const Numbers& numbers, const Window& window, const ChannelAffine<kPiece<T>>& affine) const {
-        put_changed(numbers, [&](int at, const Vec<T, kPiece<T>>& piece) {
-            float number[kPiece<T>];
-#pragma unroll
-            for (int i = 0; i < kPiece<T>; ++i) number[i] = affine(Addition<T>::begin(piece.lane[i]), i);
-            return window.contains(at / kWidth, at % kWidth) ? rounded<T, kRounds>(number) : piece;
-        });
-    }
-
-    template <typename Change>
-    __device__ void put_changed(const Numbers& numbers, Change change) const {
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
             const int at = pixel(turn);
-            if (at < kPixels) store(place(at), 0, change(at, numbers.at[turn]));
+            if (at >= kPixels) continue;
+            auto rounded = numbers.at[turn];
+#pragma unroll
+            for (int i = 0; i < kPiece<T>; ++i) rounded.lane[i] = round_tf32(rounded.lane[i]);
+            store(place(at), 0, rounded);
         }
     }
 

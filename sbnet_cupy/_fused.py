@@ -33,14 +33,18 @@ from ._validate import Spec
 from ._warps import THREADS
 
 
-def pack(w: Any, packing: Packing, tf32: bool) -> Any:
-    """Pack weights on the current device."""
+def pack(w: Any, packing: Packing, tf32: bool, only: int | None = None) -> Any:
+    """Pack weights on the current device: in both orders, or only in the one that begins at so many bytes."""
     words = cupy.empty(packing.words, np.uint32)
-    if words.size:
+    for_warps, for_groups = math.prod(packing.warp_shape), math.prod(packing.warpgroup_shape)
+    if only is not None:
+        for_warps, for_groups = (for_warps, 0) if only == 0 else (0, for_groups)
+    count = for_warps + for_groups
+    if count:
         instance = packing_instance(w.dtype, tf32)
-        argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing)
-        grid = (math.ceil(words.size / 256), 1, 1)
-        _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr))
+        argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing, for_warps, count)
+        grid = (math.ceil(count / 256), 1, 1)
+        _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr + (only or 0)))
     return words
 
 
@@ -50,13 +54,14 @@ def packing_instance(dtype: np.dtype[Any], tf32: bool) -> Instance:
 
 
 @functools.lru_cache(maxsize=1024)
-def _pack_argument(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing) -> Template:
-    """struct Packing of kernels/pack.cu."""
+def _pack_argument(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing, for_warps: int, words: int
+) -> Template:
+    """struct Packing of kernels/pack.cu, for so many words, of which the first are in the order for warps."""
     steps = (s // itemsize for s in strides)
     sizes = (packing.channels, packing.features, packing.chunk, packing.chunks, packing.steps)
-    words = math.prod(packing.warp_shape), packing.words
     last = packing.warpgroup_shape[1], packing.together
-    return Template(2, [*steps, shape[1], packing.positions, *sizes, *words, *last])
+    return Template(2, [*steps, shape[1], packing.positions, *sizes, for_warps, words, *last])
 
 
 class Launch(NamedTuple):
@@ -134,21 +139,21 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
         group_plan, group_clocks = plan_wgmma(problem, call.rows, limits)
     if min(clocks, group_clocks) > most_clocks:
         return None
-    if group_plan is not None and group_clocks * _LEAD < clocks:
+    if group_plan is not None and group_clocks * _LEAD[group_plan.resident] < clocks:
         return _ready_wgmma(call, group_plan, group_clocks)
     return None if plan is None or clocks > most_clocks else _ready_conv(call, plan, tensor, clocks)
 
 
-#: By how much the convolution by warpgroups has to be ahead by its model, to be taken. Of 360 convolutions that were
-#: measured both ways, 6 take more than 1.03 times as long then as the other one, and 13 without a lead.
-_LEAD = 1.05
+#: By how much the convolution by warpgroups has to be ahead by its model, to be taken, by the CTAs that a
+#: multiprocessor holds: two are slower than it knows. Of 111 of the benchmark's convolutions that took it on an H200
+#: with a lead of 1.05, 10 took more than 1.05 times as long as by the other kernel; with these leads, one of 80 does.
+_LEAD = {1: 1.1, 2: 1.2}
 
 
 def _is_for_warpgroups(call: ConvCall, tensor: bool, limits: DeviceLimits) -> bool:
     """Whether kernels/conv_wgmma.cu can do it."""
-    tensors = (call.source.spec, call.target.spec, call.residual)
-    whole = all(is_whole(spec) for spec in tensors if spec is not None)
-    return limits.has_warpgroups and tensor and whole and call.layer.strides == (1, 1)
+    plain = call.residual is None and not call.activates and call.layer.strides == (1, 1)
+    return limits.has_warpgroups and tensor and plain and is_whole(call.source.spec) and is_whole(call.target.spec)
 
 
 def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> Ready:
@@ -156,28 +161,28 @@ def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> 
     rounds = tensor and dtype.itemsize == 4 and not call.activates
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
     products, layout = products_of(dtype, tensor, rounds), plan.layout.expression
-    form = _conv_form(call, call.packing.chunks)
-    instance = conv_instance(products, layout, shape, form, plan.resident)
+    instance = conv_instance(products, layout, shape, _conv_form(call), plan.resident)
     grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
     argument = _conv_argument(call, plan.tiles, call.packing.chunks)
     return Ready(Launch(instance, grid, plan.shared, argument), clocks)
 
 
 def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
-    dtype, form = call.source.spec.dtype, _conv_form(call, plan.chunks)
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
-    instance = wgmma_instance(dtype, plan.layout.expression, shape, form, plan.resident)
+    instance = wgmma_instance(
+        call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident
+    )
     grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
     argument = _conv_argument(call, plan.tiles, plan.chunks)
     return Ready(Launch(instance, grid, plan.shared, argument), clocks, call.packing.warpgroup_offset)
 
 
-def _conv_form(call: ConvCall, chunks: int) -> tuple[bool, ...]:
+def _conv_form(call: ConvCall) -> tuple[bool, ...]:
     """ConvForm of kernels/conv.cuh."""
     targets = [spec for spec in (call.target.spec, call.residual) if spec is not None]
     paired = all(is_whole(spec, 2 * spec.itemsize) for spec in targets)
     whole, adds = is_whole(call.source.spec), call.residual is not None
-    return whole, paired, call.activates, adds, chunks > 1
+    return whole, paired, call.activates, adds, call.packing.chunks > 1
 
 
 def _conv_argument(call: ConvCall, tiles: tuple[int, int], chunks: int) -> Template:

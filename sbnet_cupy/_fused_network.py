@@ -146,6 +146,11 @@ class BottleneckPlan(NamedTuple):
     #: Shapes of the stacks that they write on the way.
     stacks: tuple[tuple[int, ...], ...]
 
+    @property
+    def weights_offsets(self) -> tuple[int, ...]:
+        """Bytes from the packed weights of each convolution to those that are taken."""
+        return tuple(step.weights_offset for step in self.steps) if self.route is Route.LAYERS else (0, 0, 0)
+
 
 def plan_bottleneck(
     engine: str, blocks: FusedBlocks, x: Spec, out: Spec, in_place: bool, activates: bool, projects: bool

@@ -23,13 +23,13 @@ GROUPS = 2
 #: Groups of 8 columns that a product may have, as in kernels/ptx.cuh.
 _COLUMN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
-#: Numbers that a thread sums, at most: alone, with a step before or a residual, and next to another CTA, which has half
-#: of the registers. More would spill.
-_MOST_SUMS, _STEP_SUMS, _FEW_SUMS = 128, 96, 48
+#: Numbers that a thread sums, at most: alone, and next to another CTA, which has half of the registers. More would
+#: spill.
+_MOST_SUMS, _FEW_SUMS = 128, 48
 
-#: Pieces of a window that a thread holds in registers, at most, where they are changed on their way: the same; and
-#: squares of a group next to another CTA.
-_MOST_TURNS, _STEP_TURNS, _FEW_TURNS, _FEW_SQUARES = 14, 8, 4, 2
+#: Pieces of a window that a thread holds in registers, at most, where they are rounded on their way: alone, and next to
+#: another CTA; and squares of a group then.
+_MOST_TURNS, _FEW_TURNS, _FEW_SQUARES = 14, 4, 2
 
 #: Products that a kernel has in a row, at most: more would not fit the instruction cache.
 _MOST_PRODUCTS = 160
@@ -51,9 +51,8 @@ _BROUGHT, _WEIGHTS = {2: 13.5, 4: 18.9}, 101
 #: Clocks of a product of each group: at least, and for each 8 columns.
 _PRODUCT, _COLUMN = 16.8, 3.25
 
-#: Bytes of results in a clock, by those that a thread writes at once; and how much longer windows take that are
-#: activated.
-_WRITTEN, _ACTIVATION = {4: 4.9, 8: 14.3, 16: 14.3}, 1.5
+#: Bytes of results in a clock, by those that a thread writes at once.
+_WRITTEN = {4: 4.9, 8: 14.3, 16: 14.3}
 
 
 class GroupLayout(NamedTuple):
@@ -128,33 +127,29 @@ def wgmma_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[WgmmaPla
     packing = problem.packing
     columns = packing.warpgroup_shape[1] // COLUMNS
     beside = room_beside(limits) if may_share(limits) else 0
-    steps_around = problem.activates or problem.adds
-    most, most_turns = (_STEP_SUMS, _STEP_TURNS) if steps_around else (_MOST_SUMS, _MOST_TURNS)
-    for layout in group_layouts(problem.block, columns, packing.together, most):
+    for layout in group_layouts(problem.block, columns, packing.together):
         tiles = math.ceil(problem.block[0] / layout.tile[0]), math.ceil(problem.block[1] / layout.tile[1])
         splits = columns * COLUMNS // layout.columns
         for chunk in chunks_of(packing.pixel_pieces, packing.positions, layout.m):
             turns = _turns(chunk, layout, problem)
             chunks = packing.pixel_pieces // chunk
             shared = 8 * layout.columns + min(2, chunks) * _stage_bytes(chunk, layout, problem)
-            if problem.activates:
-                shared += 8 * packing.pixel_pieces * packing.lanes
-            few = layout.sums <= _FEW_SUMS and layout.m <= _FEW_SQUARES and turns <= _FEW_TURNS and not problem.adds
+            few = layout.sums <= _FEW_SUMS and layout.m <= _FEW_SQUARES and turns <= _FEW_TURNS
             for parts in (1, 2):
                 if 2 * parts > chunk * packing.positions:
                     continue
                 clocks = _cta_clocks(layout, tiles, chunk, chunks, parts, problem)
-                if shared <= limits.cta_shared and turns <= most_turns:
+                if shared <= limits.cta_shared and turns <= _MOST_TURNS:
                     own = alone(shared, limits)
                     yield WgmmaPlan(layout, tiles, chunk, chunks, parts, splits, own, 1, clocks)
                 if shared <= beside and few:
                     yield WgmmaPlan(layout, tiles, chunk, chunks, parts, splits, shared, 2, clocks)
 
 
-def group_layouts(block: Pair, columns: int, together: int, most: int) -> Iterator[GroupLayout]:
+def group_layouts(block: Pair, columns: int, together: int) -> Iterator[GroupLayout]:
     """Layouts of tiles no larger than a block needs, and of a divisor of the columns, in groups of 8.
 
-    Of those, `together` belong together: a warpgroup takes a divisor of them, or a multiple. `most`: sums of a thread.
+    Of those, `together` belong together: a warpgroup takes a divisor of them, or a multiple.
     """
     sides = [range(1, min(_MOST_SIDE, math.ceil(size / SIDE)) + 1) for size in block]
     for height, width in itertools.product(*sides):
@@ -165,7 +160,7 @@ def group_layouts(block: Pair, columns: int, together: int, most: int) -> Iterat
             layout = GroupLayout((height, width), squares // groups_m, n, groups_m)
             fits = squares % groups_m == 0 and columns % (n * GROUPS // groups_m) == 0
             whole = n % together == 0 or together % n == 0
-            if fits and whole and layout.sums <= most:
+            if fits and whole and layout.sums <= _MOST_SUMS:
                 yield layout
 
 
@@ -183,9 +178,9 @@ def _window_pixels(layout: GroupLayout, problem: ConvProblem) -> int:
 
 
 def _turns(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
-    """Pieces of a window that a thread holds in registers: none where they are copied as they are."""
-    changes = problem.activates or problem.packing.lanes == 4
-    return math.ceil(_window_pixels(layout, problem) / (THREADS // chunk)) if changes else 0
+    """Pieces of a window that a thread holds in registers: none of halves, which are copied as they are."""
+    rounds = problem.packing.lanes == 4
+    return math.ceil(_window_pixels(layout, problem) / (THREADS // chunk)) if rounds else 0
 
 
 def _stage_bytes(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
@@ -201,12 +196,10 @@ def _cta_clocks(
 ) -> Clocks:
     packing, itemsize = problem.packing, PIECE_BYTES // problem.packing.lanes
     pieces = chunks * chunk
-    brought = _window_pixels(layout, problem) * pieces * PIECE_BYTES / _BROUGHT[itemsize]
-    works = brought * (_ACTIVATION if problem.activates else 1)
+    works = _window_pixels(layout, problem) * pieces * PIECE_BYTES / _BROUGHT[itemsize]
     works += pieces * packing.positions * layout.columns * PIECE_BYTES / _WEIGHTS
     steps = chunks * math.ceil(chunk * packing.positions / 2)
     works += steps * layout.m * GROUPS * max(_PRODUCT, _COLUMN * layout.n)
     pixels = problem.block[0] * problem.block[1] / (tiles[0] * tiles[1])
-    written = pixels * layout.columns * itemsize / _WRITTEN[2 * itemsize * min(packing.together, layout.n)]
-    works += written * (2 if problem.adds else 1)
+    works += pixels * layout.columns * itemsize / _WRITTEN[2 * itemsize * min(packing.together, layout.n)]
     return Clocks(_WAITS + (chunks - 1) * _CHUNK + (parts - 1) * _PART, works)

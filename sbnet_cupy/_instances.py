@@ -154,16 +154,11 @@ def conv_instance(
     )
 
 
-def wgmma_instance(
-    dtype: np.dtype[Any], layout: str, shape: tuple[int, ...], form: tuple[bool, ...], resident: int
-) -> Instance:
-    """The convolution by warpgroups: see kernels/conv_wgmma.cu; CTAs that a multiprocessor holds."""
-    numbers, flags = ", ".join(map(str, shape)), ", ".join("true" if flag else "false" for flag in form)
-    return Instance(
-        "conv_wgmma.cu",
-        f"sbnet::conv_wgmma<{_SUMMANDS[dtype.name]}, {layout}, sbnet::WgmmaShape<{layout}, {numbers}>, "
-        f"sbnet::ConvForm<{flags}>, {resident}>",
-    )
+def wgmma_instance(dtype: np.dtype[Any], layout: str, shape: tuple[int, ...], several: bool, resident: int) -> Instance:
+    """The convolution by warpgroups: see kernels/conv_wgmma.cu; whether in several chunks; CTAs of a multiprocessor."""
+    arguments = [_SUMMANDS[dtype.name], layout, f"sbnet::WgmmaShape<{layout}, {', '.join(map(str, shape))}>"]
+    arguments += ["true" if several else "false", str(resident)]
+    return Instance("conv_wgmma.cu", f"sbnet::conv_wgmma<{', '.join(arguments)}>")
 
 
 def bottleneck_instance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +95,11 @@ def pack_weights(w: Any, *, allow_tf32: bool | None = None) -> Any:
     return pack_array(w, tf32)
 
 
-def pack_bottleneck(weights: BottleneckWeights, tf32: bool) -> PackedBottleneck:
-    """:class:`PackedBottleneck` of weights that have been checked."""
-    conv1, conv2, conv3 = (pack_array(array, tf32) for array in convs_of(weights))
+def pack_bottleneck(
+    weights: BottleneckWeights, tf32: bool, only: Sequence[int | None] = (None, None, None)
+) -> PackedBottleneck:
+    """:class:`PackedBottleneck` of weights that have been checked; each perhaps in one order only."""
+    conv1, conv2, conv3 = (pack_array(array, tf32, order) for array, order in zip(convs_of(weights), only))
     return PackedBottleneck(weights, conv1, conv2, conv3, _join_channels(weights))
 
 

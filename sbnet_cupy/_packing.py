@@ -192,11 +192,11 @@ def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.isfinite(numbers), rounded.view(np.float32), numbers)
 
 
-def pack_array(w: Any, tf32: bool) -> PackedWeights:
-    """:class:`PackedWeights` of one convolution."""
+def pack_array(w: Any, tf32: bool, only: int | None = None) -> PackedWeights:
+    """:class:`PackedWeights` of one convolution; for one call, perhaps only the order that begins at so many bytes."""
     tf32 = tf32 and w.dtype == np.float32
     packing = packing_of(tuple(w.shape), _packed_itemsize(w.dtype))
-    words = _device.fused().pack(w, packing, tf32) if _has_words(w) else np.empty(0, np.uint32)
+    words = _device.fused().pack(w, packing, tf32, only) if _has_words(w) else np.empty(0, np.uint32)
     return PackedWeights(w, words, packing, tf32)
 
 

@@ -64,8 +64,8 @@ CONV_PLANS: dict[str, Pick] = {
     "cut": lambda plans, chosen: max(plans, key=lambda plan: math.prod(plan.tiles)),
     "flat": lambda plans, chosen: max(plans, key=lambda plan: (plan.layout.depth == 1, plan.layout.n)),
 }
-#: The same for convolutions by warpgroups: with one of these names, they have no other kernel, and with one of those
-#: above not this one.
+#: The same for convolutions by warpgroups: with one of these names, those that can have no other kernel, and with one
+#: of those above not this one.
 WGMMA_PLANS: dict[str, Pick] = {
     "wgmma": lambda plans, chosen: chosen,
     "wgmma-parts": lambda plans, chosen: max(plans, key=lambda plan: (plan.parts, plan.chunk)),
@@ -106,7 +106,7 @@ def planned(name: str) -> Iterator[None]:
         return chosen and WGMMA_PLANS.get(name, _chosen)(plans, chosen), clocks
 
     def plan_conv(problem: Any, rows: int, limits: Any) -> Any:
-        if name in WGMMA_PLANS:
+        if name in WGMMA_PLANS and not problem.activates and not problem.adds:
             return None, math.inf
         chosen, clocks = _fused_conv_plan.plan_conv(problem, rows, limits)
         plans = list(_fused_conv_plan.conv_plans(problem, limits))
@@ -485,7 +485,7 @@ BOTTLENECKS = [
     bottleneck("layers-nchw", "bfloat16", (12, 13), 16, 8, (4, 5), middle=16, layout="nchw", target="out", batch=1),
     bottleneck(
         "layers-wgmma", "float16", (12, 13), 16, 32, (4, 5), outer=((3, 1), (1, 1)), plan="wgmma", target="place",
-        batch=1,
+        batch=1, packed=False,
     ),
     bottleneck(
         "layers-wgmma-tf32", "tf32", (12, 13), 48, 16, (9, 8), outer=((1, 1), (3, 1)), plan="wgmma-chunks",

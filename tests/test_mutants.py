@@ -1611,12 +1611,8 @@ piece-of-the-window: window.cuh, conv
 + Rows::offset(of_pixel)
 
 rounding-of-the-window: window.cuh, conv_wgmma
-- rounded.lane[i] = round_tf32(piece.lane[i]);
-+ rounded.lane[i] = piece.lane[i] * 0.99f;
-
-activation-of-zeros: window.cuh, conv_wgmma
-- return window.contains(at / kWidth, at % kWidth) ? rounded<T, kRounds>(number) : piece;
-+ return rounded<T, kRounds>(number);
+- rounded.lane[i] = round_tf32(rounded.lane[i]);
++ rounded.lane[i] *= 0.99f;
 
 fetched-beyond: window.cuh, conv_wgmma
 - at < kPixels && begin < channels && window.contains(y, x);
@@ -1660,10 +1656,6 @@ wgmma-ragged: conv_wgmma.cu, conv_wgmma
 
 wgmma-inside: conv_wgmma.cu, conv_wgmma
 - if (!inside[m][r]) number[i] = 0.0f;
-+
-
-wgmma-residual: conv_wgmma.cu, conv_wgmma
-- if constexpr (Form::kAdds) number[i] += Addition<T>::begin(residual[run].lane[i]);
 +
 
 wgmma-relu: conv_wgmma.cu, conv_wgmma
@@ -1961,6 +1953,16 @@ wgmma-list-read-once: conv_wgmma.cu, conv_wgmma
 = kernels run one after the other, so that no list changes on the way
 - at = listed;
 +
+
+wgmma-list-seen-otherwise: conv_wgmma.cu, conv_wgmma
+= as if another block had been listed before: it is looked at again, and the window is brought again
+- at(c, blockIdx.x, Freshly()), listed;
++ at(c, blockIdx.x, Freshly()), listed; at.block_w ^= 1;
+
+wgmma-list-seen-empty: conv_wgmma.cu, conv_wgmma
+= as if none had been listed before
+- at(c, blockIdx.x, Freshly()), listed;
++ at(c, blockIdx.x, Freshly()), listed; at.image = -1;
 
 wgmma-not-shown: conv_wgmma.cu, conv_wgmma
 = the plain twins of products read what threads have written

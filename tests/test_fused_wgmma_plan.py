@@ -1,0 +1,105 @@
+"""How the convolution by warpgroups is cut, and where it is taken: pure functions, no kernel runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import cpu_cuda
+import numpy as np
+import pytest
+from cpu_cuda import standin
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_fused_plan import LIMITS, blocks, counts, pairs
+
+from sbnet_cupy import BlockIndices, calc_block_params, sparse_conv2d
+from sbnet_cupy._fused_conv_plan import ConvProblem
+from sbnet_cupy._fused_plan import DeviceLimits
+from sbnet_cupy._fused_wgmma_plan import WgmmaPlan, plan_wgmma, wgmma_plans
+from sbnet_cupy._packing import packing_of
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> ConvProblem:
+    ksize, itemsize = draw(pairs | st.just((3, 3)) | st.just((1, 1))), draw(st.sampled_from([2, 4]))
+    channels, features = draw(st.integers(1, 100)) * 16 // itemsize, 8 * draw(st.integers(1, 40))
+    return ConvProblem(packing_of((*ksize, channels, features), itemsize), ksize, (1, 1), draw(blocks), True)
+
+
+def check(plan: WgmmaPlan, problem: ConvProblem, limits: DeviceLimits) -> None:
+    packing, layout = problem.packing, plan.layout
+    for squares, count, whole in zip(layout.squares, plan.tiles, problem.block):
+        assert (count - 1) * 8 * squares < whole <= count * 8 * squares
+    # Two groups, which share squares or columns; a product has columns that the instructions take.
+    assert layout.m * layout.groups_m == math.prod(layout.squares)
+    assert layout.columns == 8 * layout.n * 2 // layout.groups_m
+    assert layout.n in (1, 2, 3, 4, 6, 8, 12, 16)
+    assert plan.splits * layout.columns == packing.warpgroup_shape[1]
+    # Neighbouring features that lanes have together are not cut.
+    assert layout.n % packing.together == 0 or packing.together % layout.n == 0
+    # Chunks are whole, and of pairs where there are several.
+    assert plan.chunk * plan.chunks == packing.pixel_pieces
+    assert plan.chunks == 1 or plan.chunk * packing.positions % 2 == 0
+    assert plan.parts <= math.ceil(plan.chunk * packing.positions / 2)
+    # What kernels/conv_wgmma.cu lays out: scales and shifts, and for each stage planes and rows of weights.
+    height, width = (8 * squares + k - 1 for squares, k in zip(layout.squares, problem.ksize))
+    pieces = plan.chunk * packing.positions
+    least = 16 * (height * width * (plan.chunk + pieces % 2) + (pieces + pieces % 2) * layout.columns)
+    stages = min(2, plan.chunks)
+    assert 8 * layout.columns + stages * least <= plan.shared <= limits.cta_shared
+    beside = limits.multiprocessor_shared // (plan.shared + 1024)
+    assert plan.resident == 2 <= beside if plan.resident > 1 else beside <= 1
+    assert plan.ctas == math.prod(plan.tiles) * plan.splits
+
+
+@given(problems(), counts, st.sampled_from([LIMITS[0], LIMITS[3]]))
+def test_plans(problem: ConvProblem, rows: int, limits: DeviceLimits) -> None:
+    plans = list(wgmma_plans(problem, limits))
+    assume(plans)
+    for plan in plans:
+        check(plan, problem, limits)
+    best, clocks = plan_wgmma(problem, rows, limits)
+    assert best in plans
+    alone = (p for p in plans if p.resident == 1)
+    assert clocks <= min(p.clocks.of(rows * p.ctas, 1, limits.multiprocessors) for p in alone) + 1e4
+
+
+def test_more_work_takes_longer() -> None:
+    for itemsize in (2, 4):
+        clocks = []
+        for channels, rows in ((64, 60), (64, 600), (128, 600), (256, 600), (256, 6000)):
+            packing = packing_of((3, 3, channels, channels), itemsize)
+            clocks.append(plan_wgmma(ConvProblem(packing, (3, 3), (1, 1), (16, 16), True), rows, LIMITS[0])[1])
+        assert clocks == sorted(clocks)
+        assert clocks[-1] > 50 * clocks[0]
+
+
+def kernels(limits: DeviceLimits, dtype: str, channels: int, features: int, **options: Any) -> set[str]:
+    """Sources that a convolution of 200 blocks of 16 x 16 launches on a device."""
+    strides = options.get("strides", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpu_cuda.LIMITS", limits)
+        with cpu_cuda.recording() as found:
+            x = standin.empty((1, 400, 700, channels), dtype)
+            w = standin.empty((3, 3, channels, features), dtype)
+            params = calc_block_params(x.shape, (15 * strides + 3,) * 2, w.shape, strides, "SAME")
+            rows, count = np.full((200, 3), -1, np.int32), np.zeros(1, np.int32)
+            indices = BlockIndices(standin.asarray(rows), standin.asarray(count))
+            sparse_conv2d(x, w, indices, params, engine="fused", **options)
+    return {instance.source for instance in found}
+
+
+@pytest.mark.skipif(bool(cpu_cuda.why_unavailable()) and not os.environ.get("CI"), reason="no kernels on a CPU here")
+def test_where_it_is_taken() -> None:
+    """On Hopper, by tensor cores, where it is ahead: with wide inputs, of whole pixels, without strides."""
+    hopper, ada = LIMITS[0], LIMITS[1]
+    blackwell = DeviceLimits(148, 227 << 10, 228 << 10, 100)
+    wgmma, conv = {"pack.cu", "conv_wgmma.cu"}, {"pack.cu", "conv.cu"}
+    assert kernels(hopper, "float16", 256, 256) == wgmma
+    assert kernels(hopper, "float32", 256, 256, allow_tf32=True) == wgmma
+    assert kernels(hopper, "float32", 256, 256, allow_tf32=False) == conv
+    assert kernels(ada, "float16", 256, 256) == kernels(blackwell, "float16", 256, 256) == conv
+    assert kernels(hopper, "float16", 256, 256, strides=2) == conv
+    assert kernels(hopper, "float16", 256, 252) == kernels(hopper, "float16", 60, 256) == conv
