@@ -56,6 +56,7 @@ struct SquareResults {
     static constexpr int kM = Layout::kM, kN = Layout::kN, kTogether = kN < Shape::kTogether ? kN : Shape::kTogether;
     static constexpr int kLanes = 2 * kTogether, kRuns = kN / kTogether;
     static_assert(kN % kTogether == 0 && Shape::kTogether % kTogether == 0, "runs of features do not overlap");
+
     // Of a pixel; null if there is no such pixel.
     T* to[kM][2];
     bool inside[kM][2];  // of the image; else zeros are written, to a stack
