@@ -355,8 +355,9 @@ __device__ inline void hold_sums(float (&sums)[kN][4]) {
 #endif
 }
 
-// Starts sums += a * b, or without `adds` sums = a * b, for 64 rows of `a` and 8 * kN of `b`. Warp w of the group holds rows 16 * w to 16 * w + 15, and
-// for each 8 rows of `b` a lane holds what it would of multiply_matrices. Numbers of float32 are read as there.
+// Starts sums += a * b, or without `adds` sums = a * b, for 64 rows of `a` and 8 * kN of `b`. Warp w of the group holds
+// rows 16 * w to 16 * w + 15, and for each 8 rows of `b` a lane holds what it would of multiply_matrices. Numbers of
+// float32 are read as there.
 template <typename T, int kN>
 __device__ inline void multiply_shared(float (&sums)[kN][4], const SharedMatrix& a, const SharedMatrix& b, bool adds);
 
