@@ -169,9 +169,7 @@ def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> 
 
 def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
-    instance = wgmma_instance(
-        call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident
-    )
+    instance = wgmma_instance(call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident)
     grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
     argument = _conv_argument(call, plan.tiles, plan.chunks)
     return Ready(Launch(instance, grid, plan.shared, argument), clocks, call.packing.warpgroup_offset)

@@ -191,9 +191,7 @@ def _stage_bytes(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
     return PIECE_BYTES * (plane * (chunk + pieces % 2) + (pieces + pieces % 2) * layout.columns)
 
 
-def _cta_clocks(
-    layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts: int, problem: ConvProblem
-) -> Clocks:
+def _cta_clocks(layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts: int, problem: ConvProblem) -> Clocks:
     packing, itemsize = problem.packing, PIECE_BYTES // problem.packing.lanes
     pieces = chunks * chunk
     works = _window_pixels(layout, problem) * pieces * PIECE_BYTES / _BROUGHT[itemsize]
