@@ -137,11 +137,13 @@ __device__ inline void copy_async(void* shared, const void* global, bool found) 
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(bytes)
                      : "memory");
     }
-#else
+#elif defined(__CUDA_ARCH__)
     struct alignas(kBytes) Piece {
         unsigned int part[kBytes / 4];
     };
     *static_cast<Piece*>(shared) = found ? *static_cast<const Piece*>(global) : Piece{};
+#else
+    __pipeline_memcpy_async(shared, global, kBytes, found ? 0 : kBytes);
 #endif
 }
 
@@ -149,6 +151,8 @@ __device__ inline void copy_async(void* shared, const void* global, bool found) 
 __device__ inline void commit_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+    __pipeline_commit();
 #endif
 }
 
@@ -157,6 +161,8 @@ template <int kPending>
 __device__ inline void wait_async_groups() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#elif !defined(__CUDA_ARCH__)
+    __pipeline_wait_prior(kPending);
 #endif
 }
 
@@ -178,6 +184,9 @@ __device__ inline void wait_async_groups_but(int pending) {
 __device__ inline void wait_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
 #endif
 }
 

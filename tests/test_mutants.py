@@ -103,7 +103,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
         "conv_wgmma": [
             *some(convs, "wgmma wgmma-ragged wgmma-parts wgmma-chunks wgmma-columns wgmma-counted wgmma-hostile"),
-            *some(bottlenecks, "layers-wgmma"),
+            *some(bottlenecks, "layers-wgmma layers-wgmma-tf32"),
         ],
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
@@ -357,6 +357,10 @@ channel-tile-of-one-block: tile.cuh, scatter_tiled
 channel-step: tile.cuh, scatter_tiled
 - kChannelStep = Shape::kPitch;
 + kChannelStep = Shape::kPixels;
+
+no-wait: tile.cuh, gather_tiled
+- wait_async(); __syncthreads(); } // Where
++ __syncthreads(); } // Where
 
 fill-not-swizzled: tile.cuh, gather_tiled
 - &tile.word[tile.slot(group.block, group.pixel, group.channel)]
@@ -1622,6 +1626,14 @@ wgmma-barrier: conv_wgmma.cu, conv_wgmma
 - show_to_warpgroups(); __syncthreads();
 + show_to_warpgroups();
 
+wgmma-part-not-awaited: conv_wgmma.cu, conv_wgmma
+- wait_async_groups<kParts - 1 - kPart + kNext>
++ wait_async_groups<kParts - kPart + kNext>
+
+wgmma-groups-of-the-last-chunk: conv_wgmma.cu, conv_wgmma
+- for (int k = 0; k < Staging::kGroups; ++k) commit_async();
++
+
 wgmma-beyond-the-count: conv_wgmma.cu, conv_wgmma
 - if (blockIdx.x >= tiles || !exists) return;
 + if (!exists) return;
@@ -1810,6 +1822,14 @@ conv-residual-of-the-next: window.cuh, layers
 - next = bring(depth / kN, depth % kN);
 + next = bring(0, 0);
 
+conv-window-not-awaited: conv.cu, conv
+- wait_async_groups<0>();
++ wait_async_groups<1>();
+
+conv-chunk-not-awaited: conv.cu, conv_chunks
+- wait_async_groups<1>();
++ wait_async_groups<2>();
+
 conv-chunk: conv.cu, conv_chunks
 - k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
 + 0, static_cast<int>(c.channels));
@@ -1878,6 +1898,14 @@ bottleneck-part: bottleneck.cu, bottleneck_plans
 - start_rows(window, source + part * (kC / kParts));
 + start_rows(window, source);
 
+bottleneck-part-not-awaited: bottleneck.cu, bottleneck_plans
+- kAtOnce - 1 : kParts - part);
++ kAtOnce : kParts - part + 1);
+
+bottleneck-near-weights-not-awaited: bottleneck.cu, bottleneck_plans
+- if constexpr (kNear2 || kNear3) wait_async_groups<0>();
++
+
 bottleneck-weights-of-a-part: bottleneck.cu, bottleneck_plans
 - (kSteps - kPartSteps) + part * kPartSteps) * kWarp;
 + (kSteps - kPartSteps)) * kWarp;
@@ -1933,11 +1961,6 @@ no-compare-and-swap: cover.cu, add
 = fibers switch at barriers and warp functions only, so two never update a word at one time
 - atomicCAS(link, after, row) == after
 + (*link = row, true)
-
-no-wait: tile.cuh, gather_tiled
-= the plain twin of an asynchronous copy is done at once
-- wait_async(); __syncthreads(); } // Where
-+ __syncthreads(); } // Where
 
 bank-conflicts: tile.cuh, gather_tiled
 = the same result, only slower: whoever writes or reads a tile asks for the same slot

@@ -83,6 +83,13 @@ inline int __all_sync(unsigned int mask, int vote, CPU_CUDA_HERE) {
     return __ballot_sync(mask, vote, file, line) == mask;
 }
 
+// Copies of 4, 8 or 16 bytes, of which the last `zeros` are not read.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0, CPU_CUDA_HERE) {
+    cpu_cuda::start_copy(CPU_CUDA_PLACE, to, from, bytes - zeros, zeros);
+}
+inline void __pipeline_commit() { cpu_cuda::end_copy_group(); }
+inline void __pipeline_wait_prior(size_t pending) { cpu_cuda::finish_copies(static_cast<int>(pending)); }
+
 // Atomics: fibers switch at no other place than above, so plain steps do.
 #define CPU_CUDA_ATOMIC(name, result)   \
     template <typename T>               \

@@ -50,6 +50,7 @@ namespace cpu_cuda {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxCopies = 1 << 15;  // under way in a block: of 16 bytes, more than shared memory holds
 constexpr unsigned char kPoison = 0xA5;
 constexpr size_t kReportBytes = 1024;
 constexpr int kDepth = 12;
@@ -81,6 +82,15 @@ struct Place {
 
 enum class State { kReady, kAtBarrier, kInWarp, kEnded };
 
+// An asynchronous copy that has not been waited for.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes, zeros;  // copied, and written behind them
+    int group;
+    Copy* next;
+};
+
 struct Fiber {
     void* stack_pointer;
     uint3 thread;
@@ -88,6 +98,8 @@ struct Fiber {
     Place place;
     unsigned int mask;  // of the lanes that it waits for
     void* visit;        // what it brings there
+    Copy *oldest_copy, *newest_copy;
+    int copy_groups;  // that it has ended
 };
 
 static Launch* launch;
@@ -291,6 +303,41 @@ inline void report_deadlock() {
     }
 }
 
+// Asynchronous copies ---------------------------------------------------------------------------------------------------
+// As late as a GPU may be: none is done before its own thread waits for it, so that a missing wait always shows.
+static Copy copies[kMaxCopies], *free_copies;
+static int used_copies;
+
+inline void start_copy(const Place& place, void* to, const void* from, size_t bytes, size_t zeros) {
+    const size_t addresses = reinterpret_cast<size_t>(to) | (bytes > 0 ? reinterpret_cast<size_t>(from) : 0);
+    if (addresses % (bytes + zeros)) fail(place, "an address is no multiple of %zu bytes", bytes + zeros);
+    for (size_t i = 0; i < bytes; ++i) {  // what faults, faults here
+        static_cast<void>(static_cast<const volatile unsigned char*>(from)[i]);
+    }
+    if (free_copies == nullptr && used_copies == kMaxCopies) fail(place, "more than %d copies are under way", kMaxCopies);
+    Copy* const copy = free_copies != nullptr ? free_copies : &copies[used_copies++];
+    if (copy == free_copies) free_copies = copy->next;
+    Fiber& fiber = fibers[current];
+    *copy = {to, from, bytes, zeros, fiber.copy_groups, nullptr};
+    (fiber.oldest_copy != nullptr ? fiber.newest_copy->next : fiber.oldest_copy) = copy;
+    fiber.newest_copy = copy;
+}
+
+inline void end_copy_group() { ++fibers[current].copy_groups; }
+
+// Does all copies of the calling thread but those of the `pending` groups that it ended last, and of the one it is at.
+inline void finish_copies(int pending) {
+    Fiber& fiber = fibers[current];
+    while (fiber.oldest_copy != nullptr && fiber.oldest_copy->group < fiber.copy_groups - pending) {
+        Copy* const copy = fiber.oldest_copy;
+        memcpy(copy->to, copy->from, copy->bytes);
+        memset(static_cast<char*>(copy->to) + copy->bytes, 0, copy->zeros);
+        fiber.oldest_copy = copy->next;
+        copy->next = free_copies;
+        free_copies = copy;
+    }
+}
+
 // Running -------------------------------------------------------------------------------------------------------------
 inline void fiber_main() {
     body();
@@ -303,7 +350,11 @@ inline void fiber_main() {
 inline void run_block() {
     arrived = votes = 0;
     memset(in_warp, 0, sizeof(in_warp));
+    free_copies = nullptr;
+    used_copies = 0;
     for (int i = 0; i < threads; ++i) {
+        fibers[i].oldest_copy = nullptr;
+        fibers[i].copy_groups = 0;
         const unsigned int line = i / blockDim.x;
         fibers[i].thread = {i % blockDim.x, line % blockDim.y, line / blockDim.y};
         fibers[i].place = {};
