@@ -85,7 +85,7 @@ class Ready(NamedTuple):
     """A call that can be run; without a launch if it has nothing to write."""
 
     launch: Launch | None
-    #: How long it takes, by the model, and what must follow it.
+    #: How long it takes, by the model, with what must follow it.
     clocks: float = 0
     #: Bytes from the packed weights to those that it takes.
     weights_offset: int = 0
@@ -162,17 +162,19 @@ def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> 
     shape = (*plan.tile, *call.layer.ksize, *call.layer.strides, call.packing.chunk)
     products, layout = products_of(dtype, tensor, rounds), plan.layout.expression
     instance = conv_instance(products, layout, shape, _conv_form(call), plan.resident)
-    grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
-    argument = _conv_argument(call, plan.tiles, call.packing.chunks)
-    return Ready(Launch(instance, grid, plan.shared, argument), clocks)
+    return Ready(_conv_launch(call, plan, instance, call.packing.chunks), clocks)
 
 
 def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
     instance = wgmma_instance(call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident)
-    grid = (call.rows * plan.tiles[0] * plan.tiles[1], plan.splits, 1)
-    argument = _conv_argument(call, plan.tiles, plan.chunks)
-    return Ready(Launch(instance, grid, plan.shared, argument), clocks, call.packing.warpgroup_offset)
+    return Ready(_conv_launch(call, plan, instance, plan.chunks), clocks, call.packing.warpgroup_offset)
+
+
+def _conv_launch(call: ConvCall, plan: ConvPlan | WgmmaPlan, instance: Instance, chunks: int) -> Launch:
+    """A CTA for each tile and split."""
+    grid = (call.rows * math.prod(plan.tiles), plan.splits, 1)
+    return Launch(instance, grid, plan.shared, _conv_argument(call, plan.tiles, chunks))
 
 
 def _conv_form(call: ConvCall) -> tuple[bool, ...]:

@@ -497,15 +497,7 @@ BOTTLENECKS = [
         packed=False,
     ),
     bottleneck(
-        "layers-wgmma-tf32",
-        "tf32",
-        (12, 13),
-        48,
-        16,
-        (9, 8),
-        outer=((1, 1), (3, 1)),
-        plan="wgmma-chunks",
-        target="out",
+        "layers-wgmma-tf32", "tf32", (12, 13), 48, 16, (9, 8), outer=((1, 1), (3, 1)), plan="wgmma-chunks", target="out"
     ),
     bottleneck("layers-plain", "float16", (12, 13), 8, 8, (4, 5), activates=False, layout="misaligned", target="out"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import networks
@@ -98,6 +98,24 @@ def test_neighbours_in_place(size: tuple[int, int], route: Route, dtype: str, tf
         assert bool((y == apart).all())
 
 
+def one_by_one_and_at_once(
+    chain: Callable[[list[Any], bool], None], new_images: Callable[[], list[Any]], captured: bool
+) -> tuple[list[Any], list[Any]]:
+    """What a chain of calls makes of images where each link waits for the one before, and where none does."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        expected, found = new_images(), new_images()
+        chain(expected, True)
+        if captured:
+            stream.begin_capture()
+            chain(found, False)
+            stream.end_capture().launch(stream)
+        else:
+            chain(found, False)
+        stream.synchronize()
+    return expected, found
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_kernel_that_starts_early_sees_all_that_was_before_it(captured: bool) -> None:
     """Each link reads the whole image that the one before wrote, and overwrites what the one before that has read."""
@@ -114,17 +132,7 @@ def test_a_kernel_that_starts_early_sees_all_that_was_before_it(captured: bool) 
             if wait:
                 cupy.cuda.get_current_stream().synchronize()
 
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        expected, found = ([first.copy(), cupy.empty_like(first)] for _ in range(2))
-        chain(expected, wait=True)
-        if captured:
-            stream.begin_capture()
-            chain(found, wait=False)
-            stream.end_capture().launch(stream)
-        else:
-            chain(found, wait=False)
-        stream.synchronize()
+    expected, found = one_by_one_and_at_once(chain, lambda: [first.copy(), cupy.empty_like(first)], captured)
     assert bool((found[links % 2] == expected[links % 2]).all())
     assert bool(cupy.isfinite(found[links % 2]).all())
 
@@ -154,17 +162,7 @@ def test_a_list_that_changes_just_before(
             if wait:
                 cupy.cuda.get_current_stream().synchronize()
 
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        expected, found = ([cupy.zeros_like(device_x) for _ in range(links)] for _ in range(2))
-        chain(expected, wait=True)
-        if captured:
-            stream.begin_capture()
-            chain(found, wait=False)
-            stream.end_capture().launch(stream)
-        else:
-            chain(found, wait=False)
-        stream.synchronize()
+    expected, found = one_by_one_and_at_once(chain, lambda: [cupy.zeros_like(device_x) for _ in range(links)], captured)
     for k, (image, wanted) in enumerate(zip(found, expected)):
         assert bool((image == wanted).all())
         assert bool(image.any()) == (k % 4 != 2)
