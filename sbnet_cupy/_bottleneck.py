@@ -179,7 +179,7 @@ def sparse_res_block_bottleneck(
         check_separate("out", out, call.reach, inputs if in_place else {"x": x, **inputs}, call.input_reaches)
     arithmetic = Arithmetic(xp, tf32)
     if call.fused is not None:
-        packed = packed or pack_bottleneck(plain, tf32, call.fused.weights_offsets)
+        packed = packed or pack_bottleneck(plain, tf32, call.fused.orders)
         out = out if in_place else _put_shortcut(x, plain, call.layers, out, arithmetic)
         return run_bottleneck(call.fused, x, packed, out, indices, params)
     stacks = BlockStacks(indices, call.layers, params, x.shape[0], arithmetic)

@@ -185,7 +185,7 @@ def sparse_conv2d(
         check_separate("out", out, call.reach, inputs, call.input_reaches)
     affine = Affine(None, bias, relu)
     if call.fused is not None:
-        packed = packed or pack_array(w, tf32, call.fused.weights_offset)
+        packed = packed or pack_array(w, tf32, (call.fused.order,))
         out = out if in_place else _start(call.shape, x.dtype, base, out, xp)
         return run_conv(call.fused, x, packed, out, indices, affine)
     stacks = BlockStacks(indices, (call.layer,), params, x.shape[0], Arithmetic(xp, tf32))

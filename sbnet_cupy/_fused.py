@@ -26,25 +26,21 @@ from ._instances import (
     wgmma_instance,
 )
 from ._launch import Dim3, Template
-from ._packing import PackedWeights, Packing, is_whole
+from ._packing import Order, PackedWeights, Packing, is_whole
 from ._plan import division
 from ._transfer import MOST_IMAGES
 from ._validate import Spec
 from ._warps import THREADS
 
 
-def pack(w: Any, packing: Packing, tf32: bool, only: int | None = None) -> Any:
-    """Pack weights on the current device: in both orders, or only in the one that begins at so many bytes."""
-    words = cupy.empty(packing.words, np.uint32)
-    for_warps, for_groups = math.prod(packing.warp_shape), math.prod(packing.warpgroup_shape)
-    if only is not None:
-        for_warps, for_groups = (for_warps, 0) if only == 0 else (0, for_groups)
-    count = for_warps + for_groups
+def pack(w: Any, packing: Packing, tf32: bool, orders: tuple[Order, ...]) -> Any:
+    """Pack weights on the current device, in some orders. There is room for all of them."""
+    words, count = cupy.empty(packing.words, np.uint32), sum(map(packing.words_in, orders))
     if count:
         instance = packing_instance(w.dtype, tf32)
-        argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing, for_warps, count)
+        argument = _pack_argument(tuple(w.shape), tuple(w.strides), w.dtype.itemsize, packing, orders)
         grid = (math.ceil(count / 256), 1, 1)
-        _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr + (only or 0)))
+        _jit.launch(instance, grid, (256, 1, 1), argument.at(w.data.ptr, words.data.ptr + packing.offset(orders[0])))
     return words
 
 
@@ -55,13 +51,15 @@ def packing_instance(dtype: np.dtype[Any], tf32: bool) -> Instance:
 
 @functools.lru_cache(maxsize=1024)
 def _pack_argument(
-    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing, for_warps: int, words: int
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, packing: Packing, orders: tuple[Order, ...]
 ) -> Template:
-    """struct Packing of kernels/pack.cu, for so many words, of which the first are in the order for warps."""
+    """struct Packing of kernels/pack.cu, from the first of some orders on."""
     steps = (s // itemsize for s in strides)
+    words = {order: packing.words_in(order) for order in orders}
     sizes = (packing.channels, packing.features, packing.chunk, packing.chunks, packing.steps)
     last = packing.warpgroup_shape[1], packing.together
-    return Template(2, [*steps, shape[1], packing.positions, *sizes, for_warps, words, *last])
+    count = words.get(Order.WARPS, 0), sum(words.values())
+    return Template(2, [*steps, shape[1], packing.positions, *sizes, *count, *last])
 
 
 class Launch(NamedTuple):
@@ -87,8 +85,8 @@ class Ready(NamedTuple):
     launch: Launch | None
     #: How long it takes, by the model, with what must follow it.
     clocks: float = 0
-    #: Bytes from the packed weights to those that it takes.
-    weights_offset: int = 0
+    #: In which order a convolution takes its weights.
+    order: Order = Order.WARPS
 
 
 def convolve(
@@ -109,7 +107,7 @@ def convolve(
             source.data.ptr,
             target.data.ptr,
             0 if residual is None else residual.data.ptr,
-            w.words.data.ptr + ready.weights_offset,
+            w.words.data.ptr + w.packing.offset(ready.order),
             indices.data.ptr,
             bin_counts.data.ptr,
             *before.addresses,
@@ -168,7 +166,7 @@ def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> 
 def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
     instance = wgmma_instance(call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident)
-    return Ready(_conv_launch(call, plan, instance, plan.chunks), clocks, call.packing.warpgroup_offset)
+    return Ready(_conv_launch(call, plan, instance, plan.chunks), clocks, Order.WARPGROUPS)
 
 
 def _conv_launch(call: ConvCall, plan: ConvPlan | WgmmaPlan, instance: Instance, chunks: int) -> Launch:

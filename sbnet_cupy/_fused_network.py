@@ -24,7 +24,7 @@ from ._engine import (
 )
 from ._fused_form import BottleneckCall, ConvCall, Side
 from ._pack_weights import PackedBottleneck
-from ._packing import PackedWeights, is_whole, packing_of
+from ._packing import Order, PackedWeights, is_whole, packing_of
 from ._reduce_mask import BlockIndices
 from ._scatter import sparse_scatter_var
 from ._validate import Spec
@@ -147,9 +147,9 @@ class BottleneckPlan(NamedTuple):
     stacks: tuple[tuple[int, ...], ...]
 
     @property
-    def weights_offsets(self) -> tuple[int, ...]:
-        """Bytes from the packed weights of each convolution to those that are taken."""
-        return tuple(step.weights_offset for step in self.steps) if self.route is Route.LAYERS else (0, 0, 0)
+    def orders(self) -> tuple[tuple[Order, ...], ...]:
+        """In which order the weights of each convolution are taken."""
+        return tuple((step.order,) for step in (self.steps if self.route is Route.LAYERS else 3 * self.steps))
 
 
 def plan_bottleneck(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ._affine import check_floating
 from ._bottleneck_weights import BottleneckWeights, convs_of
-from ._packing import PackedWeights, pack_array
+from ._packing import Order, PackedWeights, pack_array
 from ._stack_conv import use_tf32
 from ._validate import array_namespace, check_place, current_device, spec_of
 
@@ -96,10 +96,10 @@ def pack_weights(w: Any, *, allow_tf32: bool | None = None) -> Any:
 
 
 def pack_bottleneck(
-    weights: BottleneckWeights, tf32: bool, only: Sequence[int | None] = (None, None, None)
+    weights: BottleneckWeights, tf32: bool, orders: Iterable[tuple[Order, ...]] = (tuple(Order),) * 3
 ) -> PackedBottleneck:
-    """:class:`PackedBottleneck` of weights that have been checked; each perhaps in one order only."""
-    conv1, conv2, conv3 = (pack_array(array, tf32, order) for array, order in zip(convs_of(weights), only))
+    """:class:`PackedBottleneck` of weights that have been checked, each in its orders."""
+    conv1, conv2, conv3 = (pack_array(array, tf32, own) for array, own in zip(convs_of(weights), orders))
     return PackedBottleneck(weights, conv1, conv2, conv3, _join_channels(weights))
 
 

@@ -13,8 +13,10 @@ sums are neighbouring features: column ``8*n + 2*t + i`` of 32 is feature ``8*t 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,13 @@ _ONE_CHUNK, _ONE_CHUNK_PIXEL = 216, 64
 
 #: Else: pieces of all kernel positions that a chunk aims at, and pieces of a pixel at most and at least.
 _CHUNK, _MOST, _LEAST = 72, 16, 4
+
+
+class Order(Enum):
+    """Who takes packed weights."""
+
+    WARPS = "warps"
+    WARPGROUPS = "warpgroups"
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,22 @@ class Packing:
         """Groups of 8 columns for warpgroups among which features are turned."""
         return 4 if self.lanes == 8 and self.warpgroup_shape[1] % (4 * COLUMNS) == 0 else 1
 
-    @property
-    def warpgroup_offset(self) -> int:
+    def words_in(self, order: Order) -> int:
+        """Words of one part."""
+        return math.prod(self.warp_shape if order is Order.WARPS else self.warpgroup_shape)
+
+    def offset(self, order: Order) -> int:
         """Bytes in front of that part."""
-        return 4 * math.prod(self.warp_shape)
+        return 0 if order is Order.WARPS else self._warp_bytes
+
+    @functools.cached_property
+    def _warp_bytes(self) -> int:  # kept: every launch asks
+        return 4 * self.words_in(Order.WARPS)
 
     @property
     def words(self) -> int:
         """Of the packed array, which has one dimension."""
-        return math.prod(self.warp_shape) + math.prod(self.warpgroup_shape)
+        return sum(map(self.words_in, Order))
 
 
 def packing_of(shape: tuple[int, ...], itemsize: int) -> Packing:
@@ -192,11 +208,11 @@ def round_tf32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(np.isfinite(numbers), rounded.view(np.float32), numbers)
 
 
-def pack_array(w: Any, tf32: bool, only: int | None = None) -> PackedWeights:
-    """:class:`PackedWeights` of one convolution; for one call, perhaps only the order that begins at so many bytes."""
+def pack_array(w: Any, tf32: bool, orders: tuple[Order, ...] = tuple(Order)) -> PackedWeights:
+    """:class:`PackedWeights` of one convolution; for one call, perhaps only in the order that it takes."""
     tf32 = tf32 and w.dtype == np.float32
     packing = packing_of(tuple(w.shape), _packed_itemsize(w.dtype))
-    words = _device.fused().pack(w, packing, tf32, only) if _has_words(w) else np.empty(0, np.uint32)
+    words = _device.fused().pack(w, packing, tf32, orders) if _has_words(w) else np.empty(0, np.uint32)
     return PackedWeights(w, words, packing, tf32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbnet_cupy import BottleneckWeights, PackedWeights, pack_weights
-from sbnet_cupy._packing import Packing, is_whole, pack, packing_of, round_tf32
+from sbnet_cupy._packing import Order, Packing, is_whole, pack, pack_array, packing_of, round_tf32
 from sbnet_cupy._validate import Spec
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -67,7 +68,7 @@ def test_each_number_lies_where_the_formula_says(shape: tuple[int, int, int, int
             groups[number, columns, word, part // dtype.itemsize] = w[y, x, channel]
     found = pack(w, packing)
     assert found.dtype == np.uint32
-    assert packing.warpgroup_offset == 4 * np.prod(packing.warp_shape)
+    assert [packing.offset(order) for order in Order] == [0, 4 * np.prod(packing.warp_shape)]
     assert identical(found, np.concatenate([expected.view(np.uint32).ravel(), groups.view(np.uint32).ravel()]))
 
 
@@ -137,6 +138,21 @@ def test_the_kernel_packs_as_numpy_does(dtype: Any, tf32: bool, device: Any) -> 
             assert packed.dtype == dtype
             assert packed.tf32 is tf32
             assert identical(packed.words, pack(w, packed.packing, tf32))
+
+
+@pytest.mark.parametrize("order", Order)
+def test_one_order_is_packed_alone(order: Order, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place, as with the other; nothing is written elsewhere."""
+    for dtype, shape in itertools.product((np.float16, np.float32), ((3, 3, 24, 16), (1, 1, 40, 72))):
+        w = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        on_device, packing = device.asarray(w), packing_of(shape, w.itemsize)
+        begin, end = (packing.offset(order) // 4 + n for n in (0, packing.words_in(order)))
+        expected = np.full(packing.words, 0xA5A5A5A5, np.uint32)
+        memory = device.asarray(expected)
+        expected[begin:end] = pack(w, packing, dtype is np.float32)[begin:end]
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "empty", lambda *_, found=memory: found)
+            assert identical(pack_array(on_device, True, (order,)).words, expected)
 
 
 def test_a_bottleneck_is_packed(device: Any) -> None:
