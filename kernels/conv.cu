@@ -15,8 +15,8 @@ struct ConvShape {
     using Rows = PixelRows<kChunk, kWindowH, kWindowW, kTileW, kStrideH, kStrideW>;
 };
 
-// A CTA takes some features (blockIdx.y tells which) of every gridDim.x-th tile, so that the grid need not know how many
-// blocks are active. Chunks of the channels are staged while the one before is multiplied.
+// A CTA takes some features (blockIdx.y tells which) of a tile; the grid has all tiles that there may be. Chunks of the
+// channels are staged while the one before is multiplied.
 // Registers: at most 255, or 128 where a multiprocessor is to hold two CTAs (kCtas).
 template <typename Products, typename Layout, typename Shape, typename Form, int kCtas>
 __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
 
     const int64 active = *c.bin_counts;
     const int64 tiles = (active < c.rows ? active : c.rows) * c.tiles;
-    TileNumbers at(c, blockIdx.x);
+    const TileNumbers at(c, blockIdx.x);
     // While the indices are on their way: what does not depend on them.
     const int begin = layout.begin(Shape::kSteps), end = layout.end(Shape::kSteps);
     using Weights = DistantWeights<Products, Layout::kN>;
@@ -60,95 +60,88 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         __syncthreads();
     }
 
-    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
-        if (number != blockIdx.x) {
-            at = TileNumbers(c, static_cast<unsigned int>(number));
-            distant = Weights(weights, column_stride, begin, end);
+    const ConvTile tile(c, at, Shape());
+    if (blockIdx.x >= tiles || !tile.exists) return;
+    const Window window = tile.source(c, Shape());
+    const auto start = [&](int k) {
+        const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
+        staged.template start<Form::kWhole>(window, static_cast<const T*>(c.source), k * Shape::kChunk * kPiece<T>,
+                                            static_cast<int>(c.channels));
+        commit_async();
+    };
+    start(0);
+    Sums<Layout::kM, Layout::kN> sums;
+    for (int k = 0; k < chunks; ++k) {
+        if (Form::kChunks && k > 0) distant = Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
+        if (Form::kChunks && k + 1 < chunks) {
+            start(k + 1);
+            wait_async_groups<1>();
+        } else {
+            wait_async_groups<0>();
         }
-        const ConvTile tile(c, at, Shape());
-        if (!tile.exists) continue;
-        const Window window = tile.source(c, Shape());
-        const auto start = [&](int k) {
-            const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
-            staged.template start<Form::kWhole>(window, static_cast<const T*>(c.source),
-                                                k * Shape::kChunk * kPiece<T>, static_cast<int>(c.channels));
-            commit_async();
-        };
-        start(0);
-        Sums<Layout::kM, Layout::kN> sums;
-        for (int k = 0; k < chunks; ++k) {
-            if (Form::kChunks && k > 0) distant = Weights(weights + k * Shape::kSteps * kWarp, column_stride, begin, end);
-            if (Form::kChunks && k + 1 < chunks) {
-                start(k + 1);
-                wait_async_groups<1>();
-            } else {
-                wait_async_groups<0>();
-            }
-            const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
-            if constexpr (Form::kActivates) {
-                const ChannelAffine<kPiece<T>> affine(source_scale, source_shift, c.source_relu != 0,
-                                                      (k * Shape::kChunk + Staged::piece()) * kPiece<T>);
-                staged.template activate<Products::kRounds>(window, affine);
-            }
-            __syncthreads();
-            const unsigned char* rows[Layout::kM][Products::kLaneRows];
-#pragma unroll
-            for (int m = 0; m < Layout::kM; ++m) {
-#pragma unroll
-                for (int r = 0; r < Products::kLaneRows; ++r) {
-                    int pixel = layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r);
-                    if (pixel >= kTilePixels) pixel = 0;  // of no tile: any pixel will do
-                    const int y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-                    rows[m][r] = staged.pixels + Shape::Rows::offset(y * Shape::kStrideH, x * Shape::kStrideW);
-                }
-            }
-            Products::run(sums, rows, offsets, zeros, distant, begin, end);
-            if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
+        const Staged staged{windows + (Form::kChunks ? k % 2 * Shape::Rows::kBytes : 0)};
+        if constexpr (Form::kActivates) {
+            const ChannelAffine<kPiece<T>> affine(source_scale, source_shift, c.source_relu != 0,
+                                                  (k * Shape::kChunk + Staged::piece()) * kPiece<T>);
+            staged.template activate<Products::kRounds>(window, affine);
         }
-        let_later_kernels_start();
-        const bool stack = c.target_is_stack != 0;
-        const Window target = tile.target(c, c.target_strides, stack);
-        const Window residual = tile.target(c, c.residual_strides, false);
-        T* const to = static_cast<T*>(c.target) + target.origin;
-        const T* const with = static_cast<const T*>(c.residual) + residual.origin;
-        const auto bring = [&](int m, int n) {
-            Residual<T, Form::kAdds> pairs{};
-            if constexpr (Form::kAdds) {
-                const int feature = first_feature + layout.column_of(n);
-                const int place = Form::kPaired ? feature : feature * residual.channel_stride;
+        __syncthreads();
+        const unsigned char* rows[Layout::kM][Products::kLaneRows];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-                    if (feature >= features || !residual.contains(y, x)) continue;
-                    pairs.of_pixel[r] = get_pair<T, Form>(with + (residual.offset(y, x) + place), feature + 1 < features,
-                                                          residual.channel_stride);
-                }
+        for (int m = 0; m < Layout::kM; ++m) {
+#pragma unroll
+            for (int r = 0; r < Products::kLaneRows; ++r) {
+                int pixel = layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r);
+                if (pixel >= kTilePixels) pixel = 0;  // of no tile: any pixel will do
+                const int y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
+                rows[m][r] = staged.pixels + Shape::Rows::offset(y * Shape::kStrideH, x * Shape::kStrideW);
             }
-            return pairs;
-        };
-        layout.finish(windows, sums, bring, [&](int m, int n, const float(&sum)[4], const auto& brought) {
-            const int column = layout.column_of(n), feature = first_feature + column;
-            if (feature >= features) return;
-            const ChannelAffine<2> affine(target_scale, target_shift, c.target_relu != 0, column);
-            const int place = Form::kPaired ? feature : feature * target.channel_stride;
+        }
+        Products::run(sums, rows, offsets, zeros, distant, begin, end);
+        if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
+    }
+    let_later_kernels_start();
+    const bool stack = c.target_is_stack != 0;
+    const Window target = tile.target(c, c.target_strides, stack);
+    const Window residual = tile.target(c, c.residual_strides, false);
+    T* const to = static_cast<T*>(c.target) + target.origin;
+    const T* const with = static_cast<const T*>(c.residual) + residual.origin;
+    const auto bring = [&](int m, int n) {
+        Residual<T, Form::kAdds> pairs{};
+        if constexpr (Form::kAdds) {
+            const int feature = first_feature + layout.column_of(n);
+            const int place = Form::kPaired ? feature : feature * residual.channel_stride;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-                const bool inside = target.contains(y, x);
-                if (y >= tile.y.size || x >= tile.x.size || (!inside && !stack)) continue;
-                float number[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    number[i] = affine(sum[2 * r + i], i);
-                    if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought.of_pixel[r].lane[i]);
-                    if (!inside) number[i] = 0.0f;
-                }
-                put_pair<T, Form>(to + (target.offset(y, x) + place), number, feature + 1 < features,
-                                  target.channel_stride);
+                if (feature >= features || !residual.contains(y, x)) continue;
+                pairs.of_pixel[r] = get_pair<T, Form>(with + (residual.offset(y, x) + place), feature + 1 < features,
+                                                      residual.channel_stride);
             }
-        });
-        __syncthreads();
-    }
+        }
+        return pairs;
+    };
+    layout.finish(windows, sums, bring, [&](int m, int n, const float(&sum)[4], const auto& brought) {
+        const int column = layout.column_of(n), feature = first_feature + column;
+        if (feature >= features) return;
+        const ChannelAffine<2> affine(target_scale, target_shift, c.target_relu != 0, column);
+        const int place = Form::kPaired ? feature : feature * target.channel_stride;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
+            const bool inside = target.contains(y, x);
+            if (y >= tile.y.size || x >= tile.x.size || (!inside && !stack)) continue;
+            float number[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                number[i] = affine(sum[2 * r + i], i);
+                if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought.of_pixel[r].lane[i]);
+                if (!inside) number[i] = 0.0f;
+            }
+            put_pair<T, Form>(to + (target.offset(y, x) + place), number, feature + 1 < features,
+                              target.channel_stride);
+        }
+    });
 }
 
 }  // namespace sbnet
