@@ -15,14 +15,16 @@ from bench import under_ncu
 COLUMNS = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size"]
 COLUMNS += ["Grid Size", "Device", "CC", "Section Name", "Metric Name", "Metric Unit", "Metric Value"]
 
-#: The kernels of the first two cases and of the last one, with time, bytes read and bytes written as the profiler says
-#: them: a number below 1000, or one with commas, and its unit.
+#: The kernels of the first two cases, of the mask and of the first networks, with time, bytes read and bytes written
+#: as the profiler says them: a number below 1000, or one with commas, and its unit.
 KERNELS = [
     ("void gather_tiled<4, unsigned int, 18, 18, 1, 4, 4>(Transfer)", ("ns", "354,016"), ("byte", "600,512,320")),
     ("cover_last(Transfer, Cover)", ("us", "2.21"), ("Kbyte", "12.54")),
     ("void scatter<Overwrite<16>, unsigned int, 16, 16, 0, 0>(Transfer, Cover)", ("ms", "1.25"), ("Gbyte", "1.07")),
     ("void block_activity<float, MaxPool, 4>(Reduction)", ("nsecond", "3,456"), ("Mbyte", "1.12")),
     ("compact_active(Reduction)", ("msecond", "0.04"), ("byte", "0")),
+    ("void conv_wgmma<float, Warpgroups<1, 1, 1, 3, 1>, 1>(Conv)", ("us", "5.5"), ("byte", "0")),
+    ("void conv<TensorCores<__half>, Warps<1, 3, 8, 1>, 1>(Conv)", ("us", "4.5"), ("byte", "0")),
 ]
 
 
@@ -69,8 +71,8 @@ def test_a_row_for_each_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_units_become_microseconds_and_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write_table(tmp_path, monkeypatch)
-    assert [row["us"] for row in rows] == ["354.0", "2.2", "1250.0", "3.5", "40.0"]
-    assert [row["read MB"] for row in rows] == ["600.5", "0.0", "1070.0", "1.1", "0.0"]
+    assert [row["us"] for row in rows] == ["354.0", "2.2", "1250.0", "3.5", "40.0", "5.5", "4.5"]
+    assert [row["read MB"] for row in rows] == ["600.5", "0.0", "1070.0", "1.1", "0.0", "0.0", "0.0"]
 
 
 def test_a_case_ends_with_its_last_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +83,8 @@ def test_a_case_ends_with_its_last_kernel(tmp_path: Path, monkeypatch: pytest.Mo
         "case L: scatter",
         "mask 1x400x700, capacity",
         "mask 1x400x700, capacity",
+        "conv resnet-v2 400x700x24 tf32",
+        "conv resnet-v2 400x700x24 float16",
     ]
 
 
