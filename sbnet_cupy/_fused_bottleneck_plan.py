@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_bottleneck_products import Product, products_of, ranked_layouts
-from ._fused_clocks import BETWEEN, IMAGES, WAITS, Clocks
+from ._fused_bottleneck_products import IMAGES, Product, products_of, ranked_layouts
+from ._fused_clocks import Clocks
 from ._fused_plan import DeviceLimits, Pair, alone, are_enough, may_share, room_beside, tiles_of, window_bytes
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES
 from ._warps import ROWS, WarpLayout
@@ -19,6 +19,9 @@ Layouts = tuple[WarpLayout, WarpLayout, WarpLayout]
 
 #: Bytes of a window from which it comes in parts, and parts at most.
 _PART_BYTES, _MOST_PARTS = 1 << 14, 4
+
+#: Clocks that a tile waits: for its place, for its window, at barriers; and between two products.
+_WAITS, _BETWEEN = 2950, 800
 
 #: How much longer a tile takes next to another one, besides what it waits for it.
 _BESIDE = 1.06
@@ -139,7 +142,7 @@ def _plans_of(tile: Pair, resident: int, problem: BottleneckProblem, limits: Dev
             continue
         parts = window_parts(products[0], rows[0]) if near & 1 else 1
         shared = alone(whole - left, limits) if resident == 1 else whole - left
-        clocks = _tile_clocks(tile, layouts, near, problem) * (_BESIDE if resident > 1 else 1)
+        clocks = tile_clocks(tile, layouts, near, resident, problem)
         yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, resident, clocks)
 
 
@@ -192,10 +195,10 @@ def rows_of(tile: Pair, ksize: Pair) -> tuple[int, int, int]:
     return math.prod(halo_of(tile, ksize)), pixels, pixels
 
 
-def _tile_clocks(tile: Pair, layouts: Layouts, near: int, problem: BottleneckProblem) -> Clocks:
-    """What a tile takes that has a multiprocessor for itself."""
+def tile_clocks(tile: Pair, layouts: Layouts, near: int, resident: int, problem: BottleneckProblem) -> Clocks:
+    """What a tile takes."""
     rows = rows_of(tile, problem.ksize)
-    clocks = Clocks(WAITS + 2 * BETWEEN, (rows[0] + 2 * rows[1]) * problem.channels * problem.itemsize / IMAGES)
+    clocks = Clocks(_WAITS + 2 * _BETWEEN, (rows[0] + 2 * rows[1]) * problem.channels * problem.itemsize / IMAGES)
     for product, layout, count in zip(problem.products, layouts, rows):
         clocks += product.clocks(layout, math.ceil(count / ROWS), bool(near >> product.number & 1))
-    return clocks
+    return clocks * (_BESIDE if resident > 1 else 1)

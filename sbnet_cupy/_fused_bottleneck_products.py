@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ._fused_clocks import BOTTLENECK_TENSOR, IMAGES, PLAIN, Clocks, product_clocks
-from ._fused_plan import FEW_SUMS, MOST_SUMS, Pair
+from ._fused_clocks import BOTTLENECK_TENSOR, PLAIN, Clocks, product_clocks
+from ._fused_plan import MOST_SUMS, Pair
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing, packing_of
 from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
+
+#: Sums of 16 x 8 numbers of a warp next to another CTA, which has half of the registers, at most: more would spill.
+_FEW_SUMS = 9
 
 #: Sums of 16 x 8 numbers of a warp in one pass over the channels of the last product. Bottlenecks of 96/24 channels on
 #: an H200 took 14.4 us in TF32 with 8, 15.4 with 6 and 15.0 with 12; 9.7 us in float16 with 8, and 10.3 with 12.
@@ -19,6 +22,9 @@ _PASS_SUMS = 8
 #: by step. On an H100, of 18 KiB: 9.4 against 8.5 us; of 20 KiB: 14.5 against 14.2; of 9 KiB, of two products: 14.6
 #: against 15.3; of 10 KiB: the same. Next to another CTA, which works meanwhile, far ones take too many registers.
 _NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
+
+#: Bytes of images in a clock that a multiprocessor brings or writes.
+IMAGES = 25
 
 #: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
 _ACTIVATION = {2: 8, 4: 4}
@@ -87,7 +93,7 @@ def products_of(
 def ranked_layouts(product: Product, row_tiles: int, resident: int) -> tuple[WarpLayout, ...]:
     """Layouts by the clocks for all columns: at once, or for the last product in passes."""
     column_tiles, tensor = product.columns // COLUMNS, product.uses_tensor_cores
-    most = MOST_SUMS if resident == 1 else FEW_SUMS
+    most = MOST_SUMS if resident == 1 else _FEW_SUMS
     # Next to another CTA, weights from far take too many registers in a share of the depth.
     may_be_deep = not product.is_last and (resident == 1 or product.may_be_near(resident) or not tensor)
     fitting = [

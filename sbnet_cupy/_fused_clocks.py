@@ -39,12 +39,6 @@ CONV_TENSOR = Rates(600, 2, 20, 290, 5.6, 1.8, 480, 180, 80)
 BOTTLENECK_TENSOR = Rates(465, 2, 90, 170, 1.6, 0, 500, 0, 64)
 PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
 
-#: Clocks that a tile waits: for its place, for its window, at barriers; and between two products of a bottleneck.
-WAITS, BETWEEN = 2950, 800
-
-#: Bytes of images in a clock that a multiprocessor brings or writes in a bottleneck.
-IMAGES = 25
-
 
 @dataclass(frozen=True)
 class Clocks:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_clocks import CONV_TENSOR, PLAIN, WAITS, Clocks, product_clocks
+from ._fused_clocks import CONV_TENSOR, PLAIN, Clocks, product_clocks
 from ._fused_plan import (
-    FEW_SUMS,
     MOST_SUMS,
     DeviceLimits,
     Pair,
@@ -25,8 +24,12 @@ from ._fused_plan import (
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
 from ._warps import ROWS, WarpLayout, warp_layouts
 
-#: Sums of a warp where windows come in chunks, in place of MOST_SUMS.
-_CHUNK_SUMS = 12
+#: Sums of a warp where windows come in chunks, in place of MOST_SUMS; next to another CTA, which has half of the
+#: registers; and there, where windows come in chunks and a residual is added.
+_CHUNK_SUMS, _FEW_SUMS, _FEWEST_SUMS = 12, 12, 8
+
+#: Clocks that a tile waits: for its place, for its window, at barriers.
+_WAITS = 2950
 
 #: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them.
 _CHUNK, _PLAIN_CHUNK = 800, 1600
@@ -93,7 +96,7 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
     if problem.activates:
         table += 8 * packing.chunk * packing.chunks * packing.lanes
     chunk = _CHUNK if problem.uses_tensor_cores else _PLAIN_CHUNK
-    waits = WAITS + (packing.chunks - 1) * chunk
+    waits = _WAITS + (packing.chunks - 1) * chunk
     beside = room_beside(limits) if may_share(limits) else 0
     for tile in tiles_of(problem.block):
         tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
@@ -124,7 +127,6 @@ def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[Warp
 
 def _spills(layout: WarpLayout, problem: ConvProblem) -> bool:
     """Whether registers spill, or may, next to another CTA."""
-    sums = layout.m * layout.n
-    chunks_and_more = problem.packing.chunks > 1 and (layout.depth > 1 or problem.activates)
-    steps_around = problem.adds or (problem.activates and sums > 4)
-    return sums > FEW_SUMS or (problem.uses_tensor_cores and (chunks_and_more or steps_around))
+    several = problem.uses_tensor_cores and problem.packing.chunks > 1
+    most = _FEWEST_SUMS if several and problem.adds else _FEW_SUMS
+    return layout.m * layout.n > most or (several and (layout.depth > 1 or problem.activates))

@@ -13,9 +13,8 @@ from ._warps import ROWS
 
 Pair = tuple[int, int]
 
-#: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each. Fewer next to another CTA, which has half of the
-#: registers: more would spill, or spill more than was measured to be worth it.
-MOST_SUMS, FEW_SUMS = 16, 9
+#: Sums of 16 x 8 numbers that a warp keeps, at most: 4 registers each.
+MOST_SUMS = 16
 
 
 class DeviceLimits(NamedTuple):

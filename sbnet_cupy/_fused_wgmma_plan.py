@@ -43,7 +43,7 @@ _CHUNKS = (2, 4, 8, 16, 32)
 
 #: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
 #: weights; and that a launch takes besides its tiles.
-_WAITS, _CHUNK, _PART, _LAUNCH = 1760, 340, 130, 1820
+_WAITS, _CHUNK, _PART, LAUNCH = 1760, 340, 130, 1820
 
 #: Bytes of windows, by the size of a number, and of weights in a clock.
 _BROUGHT, _WEIGHTS = {2: 13.5, 4: 18.9}, 101
@@ -114,7 +114,7 @@ class WgmmaPlan(NamedTuple):
 def plan_wgmma(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[WgmmaPlan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
     plan, clocks = fastest(_contenders(problem, limits), rows, limits)
-    return plan, clocks + _LAUNCH
+    return plan, clocks + LAUNCH
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,180 @@
+"""Fit the model of a kernel's time to plans that were measured: ``python -m bench.fit KIND``, after ``bench.plans``.
+
+Prints how near the model is, how good its choice is, and its numbers as they would be nearest; they are taken over into
+the source by hand. Needs no GPU. The model is in clocks: :data:`MHZ` makes them microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sbnet_cupy import (
+    _fused_bottleneck_plan,
+    _fused_bottleneck_products,
+    _fused_clocks,
+    _fused_conv_plan,
+    _fused_wgmma_plan,
+)
+from sbnet_cupy._fused_plan import DeviceLimits
+
+from .plans import KINDS, Case
+from .record import RESULTS
+from .stages import networks
+
+Array = np.ndarray[Any, Any]
+
+#: The device that was measured, and its clock under load in MHz.
+H200, MHZ = DeviceLimits(132, 227 << 10, 228 << 10, 90), 1755
+
+#: How far a number may move in one fit, as a factor.
+REACH = 4.0
+
+
+class Number(NamedTuple):
+    """A number of a model: a name in a module, and where that is a tuple or a dictionary, a part of it."""
+
+    module: ModuleType
+    name: str
+    part: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.module.__name__.rpartition('.')[2]}.{self.name}" + ("" if self.part is None else f" {self.part}")
+
+    @property
+    def value(self) -> float:
+        whole = getattr(self.module, self.name)
+        if self.part is None:
+            return float(whole)
+        return float(whole[self.part] if isinstance(whole, dict) else getattr(whole, self.part))
+
+    def put(self, value: float) -> None:
+        """Change it, wherever the module's users have taken it over by name."""
+        before = getattr(self.module, self.name)
+        whole: Any = value
+        if self.part is not None:
+            whole = {**before, self.part: value} if isinstance(before, dict) else before._replace(**{self.part: value})
+        for module in MODULES:
+            if getattr(module, self.name, None) is before:
+                setattr(module, self.name, whole)
+            for function in vars(module).values():  # what was kept was made of the number before
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+
+
+MODULES = (_fused_clocks, _fused_conv_plan, _fused_wgmma_plan, _fused_bottleneck_products, _fused_bottleneck_plan)
+
+#: What is fitted. Of two numbers that the measured plans hardly tell apart, one is left as it is.
+NUMBERS = {
+    "conv": [
+        *(Number(_fused_clocks, "CONV_TENSOR", part) for part in ("products", "step", "late", "rows", "weights")),
+        *(Number(_fused_clocks, "CONV_TENSOR", part) for part in ("exchange", "turn", "exchanged")),
+        *(Number(_fused_conv_plan, name) for name in ("_WAITS", "_CHUNK", "_BROUGHT", "_WRITTEN")),
+    ],
+    "wgmma": [
+        *(Number(_fused_wgmma_plan, name) for name in ("_WAITS", "_CHUNK", "_PART", "LAUNCH", "_WEIGHTS")),
+        *(Number(_fused_wgmma_plan, "_BROUGHT", size) for size in (2, 4)),
+        *(Number(_fused_wgmma_plan, name) for name in ("_PRODUCT", "_COLUMN")),
+        *(Number(_fused_wgmma_plan, "_WRITTEN", size) for size in (4, 8, 16)),
+    ],
+    "bottleneck": [
+        *(Number(_fused_clocks, "BOTTLENECK_TENSOR", part) for part in ("products", "step", "late", "rows")),
+        *(Number(_fused_clocks, "BOTTLENECK_TENSOR", part) for part in ("exchange", "exchanged")),
+        *(Number(_fused_bottleneck_products, name) for name in ("IMAGES", "_COPIES")),
+        *(Number(_fused_bottleneck_products, "_ACTIVATION", size) for size in (2, 4)),
+        *(Number(_fused_bottleneck_plan, name) for name in ("_WAITS", "_BESIDE")),
+    ],
+}
+
+
+class Measured:
+    """The record of a kind."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.kind = KINDS[kind]
+        by_name = {network.name: network for network in networks(self.kind.network, quick=False)}
+        #: Plans of each case, and microseconds.
+        self.cases: dict[Case, tuple[list[Any], list[float]]] = {}
+        for row in csv.DictReader(path.read_text().splitlines()):
+            case = Case(by_name[row["network"]], int(row["bsize"]), int(row["rows"]))
+            plans, times = self.cases.setdefault(case, ([], []))
+            plans.append(self.kind.read(map(int, row["plan"].split())))
+            times.append(float(row["us"]))
+        self.times = np.concatenate([times for _, times in self.cases.values()])
+
+    def expected(self) -> Array:
+        """Microseconds by the model as it is."""
+        clocks = [self.kind.clocks(plans, case, H200) for case, (plans, _) in self.cases.items()]
+        return np.concatenate(clocks) / MHZ
+
+    def report(self) -> str:
+        """How near the model is, and how good its choice among the measured plans."""
+        expected = self.expected()
+        errors = np.log(expected / self.times)
+        begin, losses = 0, []
+        for _, times in self.cases.values():
+            end = begin + len(times)
+            losses.append(times[int(expected[begin:end].argmin())] / min(times))
+            begin = end
+        return (
+            f"{len(errors)} plans of {len(losses)} problems: expected {np.exp(errors.mean()):.3f} of the time, "
+            f"root mean square error {np.sqrt((errors**2).mean()):.3f}; "
+            f"choice {np.mean(losses):.4f} of the best, {np.percentile(losses, 90):.3f} at the 90th percentile"
+        )
+
+
+@contextlib.contextmanager
+def as_they_were(numbers: Sequence[Number]) -> Iterator[None]:
+    """Put the numbers back in the end."""
+    before = [number.value for number in numbers]
+    try:
+        yield
+    finally:
+        for number, value in zip(numbers, before):
+            number.put(value)
+
+
+def fit(numbers: Sequence[Number], measured: Measured) -> None:
+    """Change the numbers to those with which the model is nearest: least squares of logarithms, outliers counted less.
+
+    A number that nothing depends on stays as it is.
+    """
+    from scipy.optimize import least_squares
+
+    begin = np.log([number.value for number in numbers])
+
+    def errors(logarithms: Array) -> Array:
+        for number, logarithm in zip(numbers, logarithms):
+            number.put(float(np.exp(logarithm)))
+        return np.log(measured.expected() / measured.times)
+
+    bounds = begin - np.log(REACH), begin + np.log(REACH)
+    errors(least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=12).x)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--plans", type=Path, default=RESULTS / "plans", help="folder (default: bench/results/plans)")
+    options = parser.parse_args(arguments)
+    measured, numbers = Measured(options.kind, options.plans / f"{options.kind}.csv"), NUMBERS[options.kind]
+    print(f"as it is: {measured.report()}")
+    with as_they_were(numbers):
+        before = [number.value for number in numbers]
+        fit(numbers, measured)
+        print(f"fitted:   {measured.report()}")
+        for number, old in zip(numbers, before):
+            print(f"  {number!s:<48}{old:>9.4g} -> {number.value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Plans that are measured, and models that are fitted to them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import cpu_cuda
+import numpy as np
+import pytest
+from fake_device import fake_run
+
+from bench import fit, networks, plans, stages, timing
+from bench.network_data import Scene
+from bench.stages import PRECISIONS, Network
+from sbnet_cupy import _fused, _jit
+from sbnet_cupy._fused_clocks import Clocks
+
+every_kind = pytest.mark.parametrize("name", plans.KINDS)
+HALF = PRECISIONS[2]
+
+
+def cases(kind: plans.Kind, chosen: Any = stages.STAGES[1:2]) -> list[plans.Case]:
+    measured = [Network(kind.network, stage, precision) for stage in chosen for precision in PRECISIONS[1:]]
+    return [case for network in measured for case, _ in plans.cases_of(network)]
+
+
+def test_cases_are_told_apart_by_their_blocks() -> None:
+    found = [case for case, _ in plans.cases_of(Network("conv", stages.STAGES[0], HALF))]
+    assert len(found) == len(set(found)) > 10
+    assert {case.bsize for case in found} <= set(found[0].network.block_sizes(quick=False))
+    problem = plans.Case(Network("conv", stages.STAGES[0], HALF), 18, 7).conv
+    assert (problem.block, problem.ksize, problem.packing.channels) == ((16, 16), (3, 3), 24)
+    problem = plans.Case(Network("bottleneck", stages.STAGES[0], HALF), 18, 7).bottleneck
+    assert (problem.block, problem.channels, problem.inner, problem.itemsize) == ((16, 16), 96, 24, 2)
+
+
+@every_kind
+def test_promising_plans_differ_and_the_fastest_comes_first(name: str) -> None:
+    kind = plans.KINDS[name]
+    for case in cases(kind):
+        found = plans.promising(kind, case, fit.H200)
+        assert 0 < len(found) <= plans.MOST_PLANS
+        assert len({plans.numbers_of(plan) for plan in found}) == len(found)
+        clocks = kind.clocks(found, case, fit.H200)
+        assert clocks == sorted(clocks)
+        for tile, resident in {(plans.numbers_of(plan)[:2], plan.resident) for plan in found}:
+            alike = [p for p in found if (plans.numbers_of(p)[:2], p.resident) == (tile, resident)]
+            assert len(alike) <= plans.MOST_ALIKE
+
+
+@every_kind
+def test_numbers_say_all_of_a_plan_but_its_clocks(name: str) -> None:
+    kind = plans.KINDS[name]
+    for case in cases(kind)[:3]:
+        for plan in plans.promising(kind, case, fit.H200):
+            numbers = plans.numbers_of(plan)
+            assert all(isinstance(number, int) for number in numbers)
+            assert kind.read(iter(numbers)) == plan._replace(clocks=Clocks(0, 0))
+            # The model answers alike for what was read again.
+            read = kind.read(iter(numbers))
+            assert kind.clocks([read], case, fit.H200) == kind.clocks([plan], case, fit.H200)
+
+
+on_a_cpu = pytest.mark.skipif(
+    bool(cpu_cuda.why_unavailable()) and not os.environ.get("CI"), reason="no kernels on a CPU here"
+)
+
+#: A network that is small enough for a CPU.
+SMALL = stages.Stage("resnet-v2", 20, 24, 16, 16, (10, 10))
+
+
+def scene_on(xp: Any, network: Network) -> Scene:
+    """A scene whose arrays lie on what stands in for a device, which has no arithmetic; results are checked here."""
+    host, scene = Scene(np, network), Scene(np, network)
+    scene.xp, scene.image, scene.base = xp, xp.asarray(host.image), xp.asarray(host.base)
+    for name in ("convs", "scales", "shifts"):
+        setattr(scene, name, list(map(xp.asarray, getattr(host, name))))
+    scene.is_right = lambda result, inside: host.is_right(result.get(), inside)  # type: ignore[method-assign]
+    return scene
+
+
+@on_a_cpu
+@every_kind
+def test_a_plan_is_followed(name: str) -> None:
+    """Whatever the model says of it; and no longer than it is to be."""
+    kind, network = plans.KINDS[name], Network(plans.KINDS[name].network, SMALL, HALF)
+    with cpu_cuda.recording() as launched:
+        planners = _fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck
+        (case, mask), *_ = plans.cases_of(network)
+        sparse = networks.Sparse(
+            scene_on(sys.modules["cupy"], network), mask, network.params(case.bsize), engine="fused"
+        )
+        found = list(plans.promising(kind, case, _jit.device_limits(0)))
+        for plan in (*found, *found[::-1]):
+            launched.clear()
+            with plans.followed(kind, plan):
+                sparse.in_place(0, sparse.indices)
+            layouts = plan.layouts if name == "bottleneck" else [plan.layout]
+            (expression,) = (one.expression for one in launched if re.search(r"conv|bottleneck", one.source))
+            assert all(layout.expression in expression for layout in layouts)
+        assert (_fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck) == planners
+
+
+@on_a_cpu
+@every_kind
+def test_plans_are_checked_and_recorded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By kernels on a CPU, with a clock that stands still."""
+    monkeypatch.setattr(stages, "STAGES", (SMALL,))
+    monkeypatch.setattr(plans, "FEW_SPARSITIES", (0.9,))
+    monkeypatch.setattr(plans, "MOST_PLANS", 2)
+    monkeypatch.setattr(plans, "start_run", lambda quick: contextlib.nullcontext(fake_run()))
+    monkeypatch.setattr(plans, "free_memory", lambda: None)
+    monkeypatch.setattr(plans, "machine", lambda: {"device": "a device"})
+    monkeypatch.setattr(plans, "time_captured", lambda *_, **__: timing.Timing(12.3456, 1, 1, 5, "graph"))
+    monkeypatch.setattr(plans, "Scene", scene_on)
+    with cpu_cuda.device():
+        monkeypatch.setattr(_jit, "ctas_that_fit", lambda *_: 0)  # to a stack: CTAs do not run at the same time here
+        ahead, launch, launched = list[Any](), _jit.launch_early, dict[Any, None]()
+        monkeypatch.setattr(_jit, "compile_all", lambda instances, progress: ahead.extend(instances))
+        monkeypatch.setattr(_jit, "launch_early", lambda *args: launched.setdefault(args[0]) or launch(*args))
+        assert plans.main([name, "--output", str(tmp_path)]) == 0
+        assert ahead == [instance for instance in launched if instance.source != "reduce_mask.cu"]
+        monkeypatch.setattr(networks.Sparse, "_are_right", lambda *_: False)
+        assert plans.main([name, "--only", "float16", "--output", str(tmp_path / "wrong")]) == 1
+    assert "2 of 2 results were wrong" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+    assert list(rows[0]) == list(plans.COLUMNS)
+    assert {(row["right"], row["us"], row["device"]) for row in rows} == {("True", "12.346", "a device")}
+    assert {row["network"].split()[-1] for row in rows} == {"tf32", "float16"}
+
+
+@every_kind
+def test_numbers_are_found_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Times that the model itself gives, with some numbers changed: they are what fits, and nothing stays changed."""
+    kind, numbers = plans.KINDS[name], fit.NUMBERS[name]
+    measured = [(case, plans.promising(kind, case, fit.H200)) for case in cases(kind, stages.STAGES[:4])[::2]]
+    before, changed = [number.value for number in numbers], numbers[:1]
+    with fit.as_they_were(numbers), (tmp_path / f"{name}.csv").open("w", newline="") as file:
+        for number in changed:
+            number.put(number.value * 1.3)
+        writer = csv.writer(file)
+        writer.writerow(plans.COLUMNS)
+        for case, found in measured:
+            for plan, clocks in zip(found, kind.clocks(found, case, fit.H200)):
+                text = " ".join(map(str, plans.numbers_of(plan)))
+                writer.writerow([case.network.name, case.bsize, case.rows, text, clocks / fit.MHZ, True, "a device"])
+    assert [number.value for number in numbers] == before
+    record = fit.Measured(name, tmp_path / f"{name}.csv")
+    error = float(np.abs(np.log(record.expected() / record.times)).mean())
+    assert error > 0.005
+    with fit.as_they_were(numbers):
+        fit.fit(changed, record)
+        assert [number.value for number in changed] == pytest.approx([1.3 * before[0]], rel=0.01)
+        assert "expected 1.000 of the time" in record.report()
+        assert "choice 1.0000 of the best" in record.report()
+    fit.main([name, "--plans", str(tmp_path)]) if name == "bottleneck" else None
+    assert [number.value for number in numbers] == before
+    capsys.readouterr()
