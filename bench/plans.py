@@ -1,7 +1,9 @@
 """Times of plans that the fused kernels may follow, to which the models that choose among them are fitted.
 
 ``python -m bench.plans KIND`` measures the plans that the model of a kind takes for fastest, for every network of the
-benchmark, and writes them to ``bench/results/plans/KIND.csv``; ``python -m bench.fit KIND`` reads that.
+benchmark, and adds them to ``bench/results/plans/KIND.csv``; ``python -m bench.fit KIND`` reads that. A model that was
+fitted anew may take others for fastest, so the two are repeated until little is added. Delete the record when a kernel
+changes: what it has is not measured again.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from sbnet_cupy import _fused_wgmma_plan
+from sbnet_cupy import _fused_conv_plan, _fused_wgmma_plan
 from sbnet_cupy._fused_bottleneck_plan import (
     SCATTER,
     BottleneckPlan,
@@ -60,23 +62,28 @@ class Case(NamedTuple):
         return np.dtype(self.network.precision.dtype).itemsize
 
     @property
+    def uses_tensor_cores(self) -> bool:
+        return self.network.precision.name != "float32"
+
+    @property
     def conv(self) -> ConvProblem:
         """What the models of convolutions are asked."""
         (shape,), block = self.network.layers, self.network.params(self.bsize).bsize_out
-        return ConvProblem(packing_of(shape, self.itemsize), shape[:2], (1, 1), block, True)
+        return ConvProblem(packing_of(shape, self.itemsize), shape[:2], (1, 1), block, self.uses_tensor_cores)
 
     @property
     def bottleneck(self) -> BottleneckProblem:
         """What the model of bottlenecks is asked."""
         (_, second, third), block = self.network.layers, self.network.params(self.bsize).bsize_out
-        return BottleneckProblem(third[3], third[2], self.itemsize, second[:2], block, True)
+        return BottleneckProblem(third[3], third[2], self.itemsize, second[:2], block, self.uses_tensor_cores)
 
 
 class Kind(NamedTuple):
     """A kernel whose plans are measured."""
 
-    #: Kind of the networks that it computes.
+    #: Kind of the networks that it computes, and in which precisions.
     network: str
+    precisions: tuple[str, ...]
     #: What chooses its plans, in sbnet_cupy._fused.
     planner: str
     #: All plans for a case.
@@ -88,7 +95,8 @@ class Kind(NamedTuple):
 
 
 def _conv_clocks(plans: Sequence[ConvPlan], case: Case, limits: DeviceLimits) -> list[float]:
-    return _listed_clocks(plans, conv_plans(case.conv, limits), case, limits)
+    found = _listed_clocks(plans, conv_plans(case.conv, limits), case, limits)
+    return [clocks + _fused_conv_plan.LAUNCH for clocks in found]
 
 
 def _wgmma_clocks(plans: Sequence[WgmmaPlan], case: Case, limits: DeviceLimits) -> list[float]:
@@ -150,23 +158,42 @@ def _read_bottleneck(numbers: Iterator[int]) -> BottleneckPlan:
     return BottleneckPlan(tile, tiles, layouts, *numbers, Clocks(0, 0))
 
 
+def _conv(*precisions: str) -> Kind:
+    return Kind(
+        "conv", precisions, "plan_conv", lambda case, limits: conv_plans(case.conv, limits), _read_conv, _conv_clocks
+    )
+
+
+def _wgmma(*precisions: str) -> Kind:
+    return Kind(
+        "conv",
+        precisions,
+        "plan_wgmma",
+        lambda case, limits: wgmma_plans(case.conv, limits),
+        _read_wgmma,
+        _wgmma_clocks,
+    )
+
+
+def _bottleneck(*precisions: str) -> Kind:
+    def plans(case: Case, limits: DeviceLimits) -> Iterable[BottleneckPlan]:
+        return bottleneck_plans(case.bottleneck, limits)
+
+    return Kind("bottleneck", precisions, "plan_bottleneck", plans, _read_bottleneck, _bottleneck_clocks)
+
+
+#: By what they are called on the command line.
 KINDS = {
-    "conv": Kind("conv", "plan_conv", lambda case, limits: conv_plans(case.conv, limits), _read_conv, _conv_clocks),
-    "wgmma": Kind(
-        "conv", "plan_wgmma", lambda case, limits: wgmma_plans(case.conv, limits), _read_wgmma, _wgmma_clocks
-    ),
-    "bottleneck": Kind(
-        "bottleneck",
-        "plan_bottleneck",
-        lambda case, limits: bottleneck_plans(case.bottleneck, limits),
-        _read_bottleneck,
-        _bottleneck_clocks,
-    ),
+    "conv": _conv("tf32", "float16"),
+    "conv-float32": _conv("float32"),
+    "wgmma": _wgmma("tf32", "float16"),
+    "bottleneck": _bottleneck("tf32", "float16"),
+    "bottleneck-float32": _bottleneck("float32"),
 }
 
 
 def cases_of(network: Network) -> Iterator[tuple[Case, Any]]:
-    """Cases of a network on tensor cores, each number of blocks once, and their masks."""
+    """Cases of a network, each number of blocks once, and their masks."""
     sizes, seen = network.block_sizes(quick=False)[::SIZES], set()
     for sparsity, bsize in itertools.product(FEW_SPARSITIES, sizes):
         mask = top_left_case(sparsity).make(*network.shape[1:3])
@@ -227,54 +254,66 @@ def compile_plans(kind: Kind, work: Sequence[tuple[Call, Sequence[Any]]]) -> Non
     _jit.compile_all(list(asked), progress=False)
 
 
-def measure(kind: Kind, network: Network, run: Run, limits: DeviceLimits) -> Iterator[tuple[Any, ...]]:
-    """Rows of the record for a network, but for the device."""
+def measure(
+    kind: Kind, network: Network, run: Run, limits: DeviceLimits, known: Collection[tuple[str, ...]]
+) -> Iterator[tuple[str, ...]]:
+    """Rows of the record for a network that it has not got, but for the device."""
     import cupy
 
     scene, work = Scene(cupy, network), []
     for case, mask in cases_of(network):
-        sparse = Sparse(scene, mask, network.params(case.bsize), engine="fused")
-        work.append((case, sparse, sparse.indices, promising(kind, case, limits)))
-    compile_plans(kind, [(functools.partial(sparse.in_place, 0, indices), plans) for _, sparse, indices, plans in work])
-    for case, sparse, _, plans in work:
-        for plan in plans:
+        plans = {_row_of(case, plan): plan for plan in promising(kind, case, limits)}
+        missing = {row: plan for row, plan in plans.items() if row not in known}
+        if missing:
+            sparse = Sparse(scene, mask, network.params(case.bsize), engine="fused")
+            work.append((sparse, functools.partial(sparse.in_place, 0, sparse.indices), missing))
+    compile_plans(kind, [(call, list(plans.values())) for _, call, plans in work])
+    for sparse, call, plans in work:
+        for row, plan in plans.items():
             with followed(kind, plan):
                 contender = sparse.contender()
-                right = contender.check([call() for call in contender.calls])
-                timing = time_captured(contender.calls, REPEATS, run.stream, before=sparse.restore)
-            numbers = " ".join(map(str, numbers_of(plan)))
-            yield network.name, case.bsize, case.rows, numbers, f"{timing.median_us:.3f}", right
+                right = contender.check([call()])
+                timing = time_captured([call], REPEATS, run.stream, before=sparse.restore)
+            yield *row, f"{timing.median_us:.3f}", str(right)
+
+
+def _row_of(case: Case, plan: Any) -> tuple[str, ...]:
+    """The first columns of the record."""
+    return case.network.name, str(case.bsize), str(case.rows), " ".join(map(str, numbers_of(plan)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure. Returns 1 where a result was wrong."""
     from sbnet_cupy import _jit
 
-    parser = argparse.ArgumentParser(prog="python -m bench.plans", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plans", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--only", type=re.compile, default=re.compile(""), help="only networks whose name this finds")
     parser.add_argument("--output", type=Path, default=RESULTS / "plans", help="folder (default: bench/results/plans)")
     options = parser.parse_args(arguments)
-    kind, limits, rows = KINDS[options.kind], _jit.device_limits(0), []
+    kind, limits, path = KINDS[options.kind], _jit.device_limits(0), options.output / f"{options.kind}.csv"
+    recorded = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
+    known = {tuple(row[: COLUMNS.index("us")]) for row in recorded}
     chosen = [
         network
         for network in networks(kind.network, quick=False)
-        if network.precision.name != "float32" and options.only.search(network.name)
+        if network.precision.name in kind.precisions and options.only.search(network.name)
     ]
+    added = []
     with start_run(quick=True) as run:
         for network in tqdm(chosen, options.kind, unit="network"):
-            rows += measure(kind, network, run, limits)
+            added += measure(kind, network, run, limits, known)
             free_memory()
+    device = machine()["device"]
     options.output.mkdir(parents=True, exist_ok=True)
-    path, device = options.output / f"{options.kind}.csv", machine()["device"]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows((*row, device) for row in rows)
-    print(path)
-    wrong = [row for row in rows if not row[-1]]
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *recorded, *((*row, device) for row in added)])
+    print(f"{path}: {len(added)} plans added to {len(recorded)}")
+    wrong = [row for row in added if row[-1] != "True"]
     if wrong:
-        print(f"bench.plans: error: {len(wrong)} of {len(rows)} results were wrong, the first of {wrong[0]}")
+        print(f"bench.plans: error: {len(wrong)} of {len(added)} results were wrong, the first of {wrong[0]}")
     return 1 if wrong else 0
 
 

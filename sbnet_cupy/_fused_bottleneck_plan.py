@@ -21,10 +21,10 @@ Layouts = tuple[WarpLayout, WarpLayout, WarpLayout]
 _PART_BYTES, _MOST_PARTS = 1 << 14, 4
 
 #: Clocks that a tile waits: for its place, for its window, at barriers; and between two products.
-_WAITS, _BETWEEN = 2950, 800
+_WAITS, _BETWEEN = 3250, 800
 
 #: How much longer a tile takes next to another one, besides what it waits for it.
-_BESIDE = 1.06
+_BESIDE = 0.96
 
 #: How likely it is that a mask has its share of the blocks that reach beyond the image.
 _HAS_LAST = 0.25

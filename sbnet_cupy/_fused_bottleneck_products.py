@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ._fused_clocks import BOTTLENECK_TENSOR, PLAIN, Clocks, product_clocks
+from ._fused_clocks import BOTTLENECK_PLAIN, BOTTLENECK_TENSOR, Clocks, product_clocks
 from ._fused_plan import MOST_SUMS, Pair
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing, packing_of
 from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
@@ -27,10 +27,10 @@ _NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
 IMAGES = 25
 
 #: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
-_ACTIVATION = {2: 8, 4: 4}
+_ACTIVATION = {2: 6.5, 4: 9}
 
 #: Bytes in a clock of the second product's weights, for each further warp that reads the same from far, all at once.
-_COPIES = 250
+_COPIES = 41
 
 
 class Product(NamedTuple):
@@ -64,7 +64,7 @@ class Product(NamedTuple):
 
     def clocks(self, layout: WarpLayout, row_tiles: int, is_near: bool) -> Clocks:
         """All passes, and what comes with them."""
-        rates = BOTTLENECK_TENSOR if self.uses_tensor_cores else PLAIN
+        rates = BOTTLENECK_TENSOR if self.uses_tensor_cores else BOTTLENECK_PLAIN
         passes = self.columns // layout.columns
         clocks = product_clocks(layout, self.steps, self.itemsize, rates, is_near) * passes
         if self.number == 0:

@@ -15,7 +15,7 @@ class Rates(NamedTuple):
 
     #: Products of 4-byte numbers in a clock, and by how much there are more of halves.
     products: float
-    halves: int
+    halves: float
     #: Clocks of a step of a warp, whatever it holds: what is loaded is only then multiplied.
     step: float
     #: Clocks until weights from far are there, which the steps for which a warp asks ahead have in common.
@@ -34,10 +34,11 @@ class Rates(NamedTuple):
 # 9 %. Of the plans that were measured for a problem, the one it picks takes 1.015 (convolutions) and 1.009
 # (bottlenecks) of the best one's time on average, and 1.05 and 1.03 at the 90th percentile.
 
-#: On tensor cores, in a convolution and in a bottleneck; and without them.
-CONV_TENSOR = Rates(600, 2, 20, 290, 5.6, 1.8, 480, 180, 80)
-BOTTLENECK_TENSOR = Rates(465, 2, 90, 170, 1.6, 0, 500, 0, 64)
-PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
+#: Of convolutions and of bottlenecks, on tensor cores and without them.
+CONV_TENSOR = Rates(720, 2.8, 0, 465, 6.5, 0, 0, 220, 107)
+CONV_PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
+BOTTLENECK_TENSOR = Rates(487, 2, 43, 81, 0, 0, 0, 0, 110)
+BOTTLENECK_PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
 
 
 @dataclass(frozen=True)

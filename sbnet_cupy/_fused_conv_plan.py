@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_clocks import CONV_TENSOR, PLAIN, Clocks, product_clocks
+from ._fused_clocks import CONV_PLAIN, CONV_TENSOR, Clocks, product_clocks
 from ._fused_plan import (
     MOST_SUMS,
     DeviceLimits,
@@ -28,14 +28,14 @@ from ._warps import ROWS, WarpLayout, warp_layouts
 #: registers; and there, where windows come in chunks and a residual is added.
 _CHUNK_SUMS, _FEW_SUMS, _FEWEST_SUMS = 12, 12, 8
 
-#: Clocks that a tile waits: for its place, for its window, at barriers.
-_WAITS = 2950
+#: Clocks that a tile waits: for its place, for its window, at barriers; and that a launch takes besides its tiles.
+_WAITS, LAUNCH = 2160, 1540
 
 #: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them.
-_CHUNK, _PLAIN_CHUNK = 800, 1600
+_CHUNK, _PLAIN_CHUNK = 1500, 1600
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
-_BROUGHT, _WRITTEN = 22, 44
+_BROUGHT, _WRITTEN = 20.3, 140
 
 #: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
 #: of 16 x 8 sums.
@@ -81,7 +81,8 @@ class ConvPlan(NamedTuple):
 
 def plan_conv(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[ConvPlan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
-    return fastest(_contenders(problem, limits), rows, limits)
+    plan, clocks = fastest(_contenders(problem, limits), rows, limits)
+    return plan, clocks + LAUNCH
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,7 +121,7 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
 def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[WarpLayout, Clocks], ...]:
     """Layouts for so many tiles of rows, and what the product takes in each."""
     most = _CHUNK_SUMS if tensor and packing.chunks > 1 else MOST_SUMS
-    work = (packing.chunks * packing.steps, PIECE_BYTES // packing.lanes, CONV_TENSOR if tensor else PLAIN)
+    work = (packing.chunks * packing.steps, PIECE_BYTES // packing.lanes, CONV_TENSOR if tensor else CONV_PLAIN)
     layouts = warp_layouts(row_tiles, packing.columns, tensor, most)
     return tuple((layout, product_clocks(layout, *work)) for layout in layouts)
 

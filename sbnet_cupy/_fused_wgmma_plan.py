@@ -43,16 +43,16 @@ _CHUNKS = (2, 4, 8, 16, 32)
 
 #: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
 #: weights; and that a launch takes besides its tiles.
-_WAITS, _CHUNK, _PART, LAUNCH = 1760, 340, 130, 1820
+_WAITS, _CHUNK, _PART, LAUNCH = 2430, 190, 120, 1520
 
 #: Bytes of windows, by the size of a number, and of weights in a clock.
-_BROUGHT, _WEIGHTS = {2: 13.5, 4: 18.9}, 101
+_BROUGHT, _WEIGHTS = {2: 15.3, 4: 34.4}, 116
 
 #: Clocks of a product of each group: at least, and for each 8 columns.
-_PRODUCT, _COLUMN = 16.8, 3.25
+_PRODUCT, _COLUMN = 23.7, 3.8
 
-#: Bytes of results in a clock, by those that a thread writes at once.
-_WRITTEN = {4: 4.9, 8: 14.3, 16: 14.3}
+#: Bytes of results in a clock.
+_WRITTEN = 11.2
 
 
 class GroupLayout(NamedTuple):
@@ -199,5 +199,5 @@ def _cta_clocks(layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts
     steps = chunks * math.ceil(chunk * packing.positions / 2)
     works += steps * layout.m * GROUPS * max(_PRODUCT, _COLUMN * layout.n)
     pixels = problem.block[0] * problem.block[1] / (tiles[0] * tiles[1])
-    works += pixels * layout.columns * itemsize / _WRITTEN[2 * itemsize * min(packing.together, layout.n)]
+    works += pixels * layout.columns * itemsize / _WRITTEN
     return Clocks(_WAITS + (chunks - 1) * _CHUNK + (parts - 1) * _PART, works)

@@ -25,8 +25,12 @@ every_kind = pytest.mark.parametrize("name", plans.KINDS)
 HALF = PRECISIONS[2]
 
 
+def precision_of(name: str) -> stages.Precision:
+    return next(precision for precision in PRECISIONS if precision.name == name)
+
+
 def cases(kind: plans.Kind, chosen: Any = stages.STAGES[1:2]) -> list[plans.Case]:
-    measured = [Network(kind.network, stage, precision) for stage in chosen for precision in PRECISIONS[1:]]
+    measured = [Network(kind.network, stage, precision_of(name)) for stage in chosen for name in kind.precisions]
     return [case for network in measured for case, _ in plans.cases_of(network)]
 
 
@@ -89,7 +93,8 @@ def scene_on(xp: Any, network: Network) -> Scene:
 @every_kind
 def test_a_plan_is_followed(name: str) -> None:
     """Whatever the model says of it; and no longer than it is to be."""
-    kind, network = plans.KINDS[name], Network(plans.KINDS[name].network, SMALL, HALF)
+    kind = plans.KINDS[name]
+    network = Network(kind.network, SMALL, precision_of(kind.precisions[-1]))
     with cpu_cuda.recording() as launched:
         planners = _fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck
         (case, mask), *_ = plans.cases_of(network)
@@ -101,7 +106,7 @@ def test_a_plan_is_followed(name: str) -> None:
             launched.clear()
             with plans.followed(kind, plan):
                 sparse.in_place(0, sparse.indices)
-            layouts = plan.layouts if name == "bottleneck" else [plan.layout]
+            layouts = plan.layouts if kind.network == "bottleneck" else [plan.layout]
             (expression,) = (one.expression for one in launched if re.search(r"conv|bottleneck", one.source))
             assert all(layout.expression in expression for layout in layouts)
         assert (_fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck) == planners
@@ -113,6 +118,7 @@ def test_plans_are_checked_and_recorded(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By kernels on a CPU, with a clock that stands still."""
+    kind = plans.KINDS[name]
     monkeypatch.setattr(stages, "STAGES", (SMALL,))
     monkeypatch.setattr(plans, "FEW_SPARSITIES", (0.9,))
     monkeypatch.setattr(plans, "MOST_PLANS", 2)
@@ -129,12 +135,17 @@ def test_plans_are_checked_and_recorded(
         assert plans.main([name, "--output", str(tmp_path)]) == 0
         assert ahead == [instance for instance in launched if instance.source != "reduce_mask.cu"]
         monkeypatch.setattr(networks.Sparse, "_are_right", lambda *_: False)
-        assert plans.main([name, "--only", "float16", "--output", str(tmp_path / "wrong")]) == 1
-    assert "2 of 2 results were wrong" in capsys.readouterr().out
+        assert plans.main([name, "--output", str(tmp_path)]) == 0  # nothing is measured again
+        only = kind.precisions[-1]
+        assert plans.main([name, "--only", only, "--output", str(tmp_path / "wrong")]) == 1
+    count = 2 * len(kind.precisions)
+    printed = capsys.readouterr().out
+    for text in (f"{count} plans added to 0", f"0 plans added to {count}", "2 of 2 results were wrong"):
+        assert text in printed
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     assert list(rows[0]) == list(plans.COLUMNS)
     assert {(row["right"], row["us"], row["device"]) for row in rows} == {("True", "12.346", "a device")}
-    assert {row["network"].split()[-1] for row in rows} == {"tf32", "float16"}
+    assert [row["network"].split()[-1] for row in rows] == [name for name in kind.precisions for _ in range(2)]
 
 
 @every_kind
