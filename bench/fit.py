@@ -93,10 +93,10 @@ NUMBERS = {
         *_numbers(_fused_wgmma_plan, "_BROUGHT", parts=(2, 4)),
     ],
     "bottleneck": [
-        *_numbers(_fused_clocks, "BOTTLENECK_TENSOR", parts=("products", "step", "late", "exchanged")),
+        *_numbers(_fused_clocks, "BOTTLENECK_TENSOR", parts=("products", "step", "late", "exchange", "exchanged")),
         *_numbers(_fused_bottleneck_products, "IMAGES", "_COPIES"),
         *_numbers(_fused_bottleneck_products, "_ACTIVATION", parts=(2, 4)),
-        *_numbers(_fused_bottleneck_plan, "_WAITS", "_BESIDE"),
+        *_numbers(_fused_bottleneck_plan, "_WAITS"),
     ],
     "bottleneck-float32": _numbers(
         _fused_clocks, "BOTTLENECK_PLAIN", parts=("products", "step", "weights", "exchange", "exchanged")
@@ -118,6 +118,8 @@ class Measured:
             plans.append(self.kind.read(map(int, row["plan"].split())))
             times.append(float(row["us"]))
         self.times = np.concatenate([times for _, times in self.cases.values()])
+        #: The same of the fastest plan of each one's case.
+        self.best = np.concatenate([[min(times)] * len(times) for _, times in self.cases.values()])
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""
@@ -152,18 +154,18 @@ def as_they_were(numbers: Sequence[Number]) -> Iterator[None]:
 
 
 def fit(numbers: Sequence[Number], measured: Measured) -> None:
-    """Change the numbers to those with which the model is nearest: least squares of logarithms, outliers counted less.
+    """Change the numbers to those with which the model is nearest: least squares of logarithms.
 
-    A number that nothing depends on stays as it is.
+    The nearer a plan is to the fastest one, among which a choice is made, the more it counts; outliers count less.
     """
     from scipy.optimize import least_squares
 
-    begin = np.log([number.value for number in numbers])
+    begin, weights = np.log([number.value for number in numbers]), (measured.best / measured.times) ** 2
 
     def errors(logarithms: Array) -> Array:
         for number, logarithm in zip(numbers, logarithms):
             number.put(float(np.exp(logarithm)))
-        return np.log(measured.expected() / measured.times)
+        return weights * np.log(measured.expected() / measured.times)
 
     bounds = begin - np.log(REACH), begin + np.log(REACH)
     errors(least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=12).x)

@@ -114,7 +114,7 @@ def _bottleneck_clocks(plans: Sequence[BottleneckPlan], case: Case, limits: Devi
     """The model lists only the best layouts, by its own numbers: so these are asked for by name."""
     problem, image, found = case.bottleneck, case.network.shape[1:3], []
     for plan in plans:
-        plan = plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, plan.resident, problem))
+        plan = plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, problem))
         stack = case.rows * plan.ctas > plan.resident * limits.multiprocessors  # in place, all run at the same time
         found.append(bottleneck_clocks(plan, problem, case.rows, image, limits) + (SCATTER if stack else 0))
     return found

@@ -137,15 +137,15 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
         group_plan, group_clocks = plan_wgmma(problem, call.rows, limits)
     if min(clocks, group_clocks) > most_clocks:
         return None
-    if group_plan is not None and group_clocks * _LEAD[group_plan.resident] < clocks:
+    if group_plan is not None and group_clocks * _LEAD < clocks:
         return _ready_wgmma(call, group_plan, group_clocks)
     return None if plan is None or clocks > most_clocks else _ready_conv(call, plan, tensor, clocks)
 
 
-#: By how much the convolution by warpgroups has to be ahead by its model, to be taken, by the CTAs that a
-#: multiprocessor holds: two are slower than it knows. Of 111 of the benchmark's convolutions that took it on an H200
-#: with a lead of 1.05, 10 took more than 1.05 times as long as by the other kernel; with these leads, one of 80 does.
-_LEAD = {1: 1.1, 2: 1.2}
+#: By how much the convolution by warpgroups has to be ahead by its model, to be taken. Of 210 convolutions whose plans
+#: were measured by both kernels (bench/results/plans), 50 take it then, of which 2 are more than 3 % slower; what is
+#: taken needs 1.023 of the time of the best plan of either on average (1.025 with no lead, 1.032 with one of 1.1).
+_LEAD = 1.05
 
 
 def _is_for_warpgroups(call: ConvCall, tensor: bool, limits: DeviceLimits) -> bool:

@@ -24,13 +24,13 @@ _PASS_SUMS = 8
 _NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
 
 #: Bytes of images in a clock that a multiprocessor brings or writes.
-IMAGES = 25
+IMAGES = 24.2
 
 #: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
-_ACTIVATION = {2: 6.5, 4: 9}
+_ACTIVATION = {2: 4.6, 4: 7.8}
 
 #: Bytes in a clock of the second product's weights, for each further warp that reads the same from far, all at once.
-_COPIES = 41
+_COPIES = 53
 
 
 class Product(NamedTuple):

@@ -35,10 +35,10 @@ class Rates(NamedTuple):
 # (bottlenecks) of the best one's time on average, and 1.05 and 1.03 at the 90th percentile.
 
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
-CONV_TENSOR = Rates(720, 2.8, 0, 465, 6.5, 0, 0, 220, 107)
-CONV_PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
-BOTTLENECK_TENSOR = Rates(487, 2, 43, 81, 0, 0, 0, 0, 110)
-BOTTLENECK_PLAIN = Rates(77, 1, 1200, 0, 0, 50, 500, 0, 64)
+CONV_TENSOR = Rates(760, 2.75, 0, 495, 6.5, 0, 0, 214, 100)
+CONV_PLAIN = Rates(57.5, 1, 710, 0, 0, 48.5, 1730, 0, 1800)
+BOTTLENECK_TENSOR = Rates(474, 2, 84, 17, 0, 0, 440, 0, 112)
+BOTTLENECK_PLAIN = Rates(81, 1, 800, 0, 0, 54, 0, 0, 70)
 
 
 @dataclass(frozen=True)

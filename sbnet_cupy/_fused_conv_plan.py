@@ -29,13 +29,13 @@ from ._warps import ROWS, WarpLayout, warp_layouts
 _CHUNK_SUMS, _FEW_SUMS, _FEWEST_SUMS = 12, 12, 8
 
 #: Clocks that a tile waits: for its place, for its window, at barriers; and that a launch takes besides its tiles.
-_WAITS, LAUNCH = 2160, 1540
+_WAITS, LAUNCH = 1950, 1740
 
 #: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them.
-_CHUNK, _PLAIN_CHUNK = 1500, 1600
+_CHUNK, _PLAIN_CHUNK = 1490, 3150
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
-_BROUGHT, _WRITTEN = 20.3, 140
+_BROUGHT, _WRITTEN = 20, 79
 
 #: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
 #: of 16 x 8 sums.

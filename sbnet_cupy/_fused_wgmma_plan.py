@@ -43,16 +43,16 @@ _CHUNKS = (2, 4, 8, 16, 32)
 
 #: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
 #: weights; and that a launch takes besides its tiles.
-_WAITS, _CHUNK, _PART, LAUNCH = 2430, 190, 120, 1520
+_WAITS, _CHUNK, _PART, LAUNCH = 2400, 150, 90, 1500
 
 #: Bytes of windows, by the size of a number, and of weights in a clock.
-_BROUGHT, _WEIGHTS = {2: 15.3, 4: 34.4}, 116
+_BROUGHT, _WEIGHTS = {2: 15, 4: 31}, 110
 
 #: Clocks of a product of each group: at least, and for each 8 columns.
-_PRODUCT, _COLUMN = 23.7, 3.8
+_PRODUCT, _COLUMN = 23.3, 3.75
 
 #: Bytes of results in a clock.
-_WRITTEN = 11.2
+_WRITTEN = 11
 
 
 class GroupLayout(NamedTuple):
