@@ -25,7 +25,7 @@ from sbnet_cupy import (
 )
 from sbnet_cupy._fused_plan import DeviceLimits
 
-from .plans import KINDS, Case
+from .plan_kinds import KINDS, Case
 from .record import RESULTS
 from .stages import networks
 
@@ -98,6 +98,8 @@ NUMBERS = {
         *_numbers(_fused_bottleneck_products, "_ACTIVATION", parts=(2, 4)),
         *_numbers(_fused_bottleneck_plan, "_WAITS"),
     ],
+    "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),
+    "layers-float32": _numbers(_fused_conv_plan, "_PLAIN_PIXEL_CHUNK"),
     "bottleneck-float32": _numbers(
         _fused_clocks, "BOTTLENECK_PLAIN", parts=("products", "step", "weights", "exchange", "exchanged")
     ),

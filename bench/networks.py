@@ -51,8 +51,8 @@ from .timing import GRAPH_CALLS, Call, Capture, Run, time_captured, time_eager, 
 
 Array = np.ndarray[Any, Any]
 
-#: Calls in a graph and samples of one figure of the sweep over block sizes, which is there to choose one.
-SWEEP_CALLS, SWEEP_REPEATS = 5, 5
+#: Samples of one figure of the sweep over block sizes, which is there to choose one.
+SWEEP_REPEATS = 5
 #: Active parts of the images that calls take in turn, in bytes: several times the 60 MB of an H200's L2.
 ROTATED_BYTES = 240e6
 #: Images to take in turn, at most: those of small stages then stay in part in the L2, and their row says how large.
@@ -271,7 +271,7 @@ class _Bench:
             fields = self._fields(mask.name, sparse if isinstance(sparse, Sparse) else None, mask.sparsity)
             fields["parameters"] |= {"bsize": size, "role": "sweep"}
             make = functools.partial(_contender, sparse)
-            clock = captured_clock(SWEEP_CALLS, SWEEP_REPEATS, getattr(sparse, "restore", None))
+            clock = captured_clock(repeats=SWEEP_REPEATS, before=getattr(sparse, "restore", None))
             rows.append(attempt(self._case(f"block sizes, {mask.name}"), OURS, make, clock, self.run, **fields))
         return rows
 

@@ -31,15 +31,15 @@ _CHUNK_SUMS, _FEW_SUMS, _FEWEST_SUMS = 12, 12, 8
 #: Clocks that a tile waits: for its place, for its window, at barriers; and that a launch takes besides its tiles.
 _WAITS, LAUNCH = 1950, 1740
 
-#: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them.
-_CHUNK, _PLAIN_CHUNK = 1490, 3150
+#: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them; and where a
+#: kernel is one pixel, so that a chunk has few weights.
+_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 3150, 590, 890
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 20, 79
 
-#: What the step before takes of the time in which its window is brought, and clocks that a warp waits for the residual
-#: of 16 x 8 sums.
-_ACTIVATION, _RESIDUAL = 2.8, 900
+#: Clocks that a warp waits for the residual of 16 x 8 sums.
+_RESIDUAL = 1140
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,17 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
     table = PIECE_BYTES + packing.steps * STEP_PIECES * 4
     if problem.activates:
         table += 8 * packing.chunk * packing.chunks * packing.lanes
-    chunk = _CHUNK if problem.uses_tensor_cores else _PLAIN_CHUNK
+    if problem.ksize == (1, 1):
+        chunk = _PIXEL_CHUNK if problem.uses_tensor_cores else _PLAIN_PIXEL_CHUNK
+    else:
+        chunk = _CHUNK if problem.uses_tensor_cores else _PLAIN_CHUNK
     waits = _WAITS + (packing.chunks - 1) * chunk
     beside = room_beside(limits) if may_share(limits) else 0
     for tile in tiles_of(problem.block):
         tiles = (math.ceil(problem.block[0] / tile[0]), math.ceil(problem.block[1] / tile[1]))
         height, width = ((t - 1) * s + k for t, s, k in zip(tile, problem.strides, problem.ksize))
         staged = window_bytes(packing.chunk, (height, width), tile[1], problem.strides)
-        brought = packing.chunks * staged * (1 + (_ACTIVATION if problem.activates else 0)) / _BROUGHT
+        brought = packing.chunks * staged / _BROUGHT
         pixels = tile[0] * tile[1]
         for layout, product in _layouts(packing, math.ceil(pixels / ROWS), problem.uses_tensor_cores):
             shared = table + 8 * layout.columns + max(staged * min(2, packing.chunks), layout.exchanged_bytes)
