@@ -66,7 +66,7 @@ class Product(NamedTuple):
         """All passes, and what comes with them."""
         rates = BOTTLENECK_TENSOR if self.uses_tensor_cores else BOTTLENECK_PLAIN
         passes = self.columns // layout.columns
-        clocks = product_clocks(layout, self.steps, self.itemsize, rates, is_near) * passes
+        clocks = product_clocks(layout, self.steps, self.itemsize, rates, is_near=is_near) * passes
         if self.number == 0:
             clocks += Clocks(0, _activation_clocks(layout, self.steps, self.itemsize))
         if self.number == 1 and self.uses_tensor_cores and not is_near:

@@ -36,7 +36,7 @@ class Rates(NamedTuple):
 
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
 CONV_TENSOR = Rates(760, 2.75, 0, 495, 6.5, 0, 0, 214, 100)
-CONV_PLAIN = Rates(57.5, 1, 710, 0, 0, 48.5, 1730, 0, 1800)
+CONV_PLAIN = Rates(59.8, 1, 700, 0, 0, 53.8, 1110, 0, 135)
 BOTTLENECK_TENSOR = Rates(474, 2, 84, 17, 0, 0, 440, 0, 112)
 BOTTLENECK_PLAIN = Rates(81, 1, 800, 0, 0, 54, 0, 0, 70)
 
@@ -69,10 +69,12 @@ class Clocks:
         return rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
 
 
-def product_clocks(layout: WarpLayout, steps: int, itemsize: int, rates: Rates, is_near: bool = False) -> Clocks:
-    """Of a product of a CTA, whose weights may be in shared memory."""
-    own = steps / layout.depth
-    products = layout.rows * layout.columns * steps * STEP_PIECES * PIECE_BYTES // itemsize
+def product_clocks(
+    layout: WarpLayout, steps: int, itemsize: int, rates: Rates, *, chunks: int = 1, is_near: bool = False
+) -> Clocks:
+    """Of a product of a CTA over chunks of so many steps, whose weights may be in shared memory."""
+    own = chunks * math.ceil(steps / layout.depth)  # of the warp that has most: in short chunks, others have none
+    products = layout.rows * layout.columns * chunks * steps * STEP_PIECES * PIECE_BYTES // itemsize
     works = products / (rates.products * (rates.halves if itemsize == 2 else 1))
     works += WARPS * own * (layout.m * rates.rows + layout.n * rates.weights)
     waits = own * (rates.step + (0 if is_near else rates.late / steps_ahead(layout.n)))

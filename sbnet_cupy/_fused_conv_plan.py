@@ -33,7 +33,7 @@ _WAITS, LAUNCH = 1950, 1740
 
 #: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them; and where a
 #: kernel is one pixel, so that a chunk has few weights.
-_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 3150, 590, 890
+_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 2730, 590, 640
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 20, 79
@@ -124,9 +124,9 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
 def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[WarpLayout, Clocks], ...]:
     """Layouts for so many tiles of rows, and what the product takes in each."""
     most = _CHUNK_SUMS if tensor and packing.chunks > 1 else MOST_SUMS
-    work = (packing.chunks * packing.steps, PIECE_BYTES // packing.lanes, CONV_TENSOR if tensor else CONV_PLAIN)
+    work = (packing.steps, PIECE_BYTES // packing.lanes, CONV_TENSOR if tensor else CONV_PLAIN)
     layouts = warp_layouts(row_tiles, packing.columns, tensor, most)
-    return tuple((layout, product_clocks(layout, *work)) for layout in layouts)
+    return tuple((layout, product_clocks(layout, *work, chunks=packing.chunks)) for layout in layouts)
 
 
 def _spills(layout: WarpLayout, problem: ConvProblem) -> bool:
