@@ -143,8 +143,8 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
 
 
 #: By how much the convolution by warpgroups has to be ahead by its model, to be taken. Of 210 convolutions whose plans
-#: were measured by both kernels (bench/results/plans), 50 take it then, of which 2 are more than 3 % slower; what is
-#: taken needs 1.023 of the time of the best plan of either on average (1.025 with no lead, 1.032 with one of 1.1).
+#: were measured by both kernels (bench/results/plans), 47 take it then, of which 2 are more than 3 % slower; what is
+#: taken needs 1.023 of the time of the best plan of either on average (1.022 with no lead, but 5; 1.027 with 1.1).
 _LEAD = 1.05
 
 

@@ -29,10 +29,8 @@ class Rates(NamedTuple):
     exchanged: float
 
 
-# The model was fitted to 2355 plans of 474 convolutions and 4816 of 435 bottlenecks on an H200: stages of ResNets in
-# three arithmetics, with all block sizes, masks and sparsities of the benchmark. Its root mean square error is 7 % to
-# 9 %. Of the plans that were measured for a problem, the one it picks takes 1.015 (convolutions) and 1.009
-# (bottlenecks) of the best one's time on average, and 1.05 and 1.03 at the 90th percentile.
+# `python -m bench.fit` fits the model to what `python -m bench.plans` has measured on H200s: stages of ResNets in three
+# arithmetics. docs/performance.md says how near it is, and how good the plans are that it picks.
 
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
 CONV_TENSOR = Rates(760, 2.75, 0, 495, 6.5, 0, 0, 214, 100)

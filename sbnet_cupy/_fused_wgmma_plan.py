@@ -37,9 +37,7 @@ _MOST_PRODUCTS = 160
 #: Pieces of a pixel in a chunk, where there are several.
 _CHUNKS = (2, 4, 8, 16, 32)
 
-# The model was fitted to 2129 plans of 360 convolutions on an H100 (root mean square error 11 %): 3x3 and 1x1, of 24 to
-# 512 channels, in TF32 and float16. Of the plans that were measured, its pick takes 1.03 of the best one's time on
-# average.
+# Fitted as the rates of _fused_clocks.py are.
 
 #: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
 #: weights; and that a launch takes besides its tiles.

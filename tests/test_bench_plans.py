@@ -185,3 +185,26 @@ def test_numbers_are_found_again(name: str, tmp_path: Path, capsys: pytest.Captu
     fit.main([name, "--plans", str(tmp_path)]) if name == "bottleneck" else None
     assert [number.value for number in numbers] == before
     capsys.readouterr()
+
+
+#: What docs/performance.md calls the kinds.
+ROWS = {
+    "conv": "convolutions",
+    "conv-float32": "convolutions, IEEE float32",
+    "wgmma": "by warpgroups",
+    "bottleneck": "bottlenecks",
+    "bottleneck-float32": "bottlenecks, IEEE float32",
+    "layers": "bottlenecks in three launches",
+    "layers-float32": "in three launches, IEEE float32",
+}
+
+
+@every_kind
+def test_the_record_is_as_good_as_the_page_says(name: str) -> None:
+    root = Path(__file__).parents[1]
+    record = root / "bench" / "results" / "plans" / f"{name}.csv"
+    assert {row["right"] for row in csv.DictReader(record.read_text().splitlines())} == {"True"}
+    numbers = re.findall(r"[\d.]+", fit.Measured(name, record).report().replace("90th percentile", ""))
+    plans_, problems, mean, error, pick, high = (number.rstrip(".") for number in numbers)
+    cells = [plans_, problems, mean, error, f"{float(pick):.3f}, {high}"]
+    assert f"| {ROWS[name]} | {' | '.join(cells)} |" in (root / "docs" / "performance.md").read_text(encoding="utf-8")

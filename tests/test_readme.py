@@ -113,7 +113,7 @@ def test_speeds_are_those_of_the_recorded_run() -> None:
 def test_times_of_networks_are_those_of_the_recorded_run(kind: str) -> None:
     """In TF32 and float16: ours, the dense network, and submanifold convolutions."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in recorded(f"resnet-v2/{kind}"):
+    for row in recorded(kind):
         parameters = row["parameters"]
         is_goal = parameters.get("network") == "resnet-v2" and row["case"].endswith(", top-left 90%")
         if is_goal and ", block sizes" not in row["case"] and parameters["precision"] != "float32":
