@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind(ABC):
-    """A kernel whose plans are measured."""
+    """A way to compute a network, whose plans are measured."""
 
     #: Precisions of the networks.
     precisions: tuple[str, ...]
@@ -89,8 +89,8 @@ class Kind(ABC):
     planner: ClassVar[str]
 
     @abstractmethod
-    def plans(self, case: Case, limits: DeviceLimits) -> Iterable[Any]:
-        """All plans."""
+    def promising(self, case: Case, limits: DeviceLimits) -> list[Any]:
+        """The plans that the model takes for fastest, the first one first."""
 
     @abstractmethod
     def clocks(self, plans: Sequence[Any], case: Case, limits: DeviceLimits) -> list[float]:
@@ -104,8 +104,15 @@ class Kind(ABC):
         """What the planner is to say of a problem of this case."""
         return plan
 
+
+class OneLaunch(Kind):
+    """One kernel."""
+
+    @abstractmethod
+    def plans(self, case: Case, limits: DeviceLimits) -> Iterable[Any]:
+        """All plans."""
+
     def promising(self, case: Case, limits: DeviceLimits) -> list[Any]:
-        """The plans that the model takes for fastest, not too many of them alike."""
         plans = [plan for plan in self.plans(case, limits) if are_enough(case.rows * plan.ctas, plan.resident, limits)]
         return fastest_of(plans, self.clocks(plans, case, limits))
 
@@ -121,7 +128,7 @@ def fastest_of(plans: Sequence[Any], clocks: Sequence[float]) -> list[Any]:
     return found[:MOST_PLANS]
 
 
-class Conv(Kind):
+class Conv(OneLaunch):
     """The convolution."""
 
     network, planner = "conv", "plan_conv"
@@ -136,7 +143,7 @@ class Conv(Kind):
         return _read_conv(numbers)
 
 
-class Wgmma(Kind):
+class Wgmma(OneLaunch):
     """The convolution by warpgroups."""
 
     network, planner = "conv", "plan_wgmma"
@@ -153,7 +160,7 @@ class Wgmma(Kind):
         return WgmmaPlan(layout, _pair(numbers), *numbers, Clocks(0, 0))
 
 
-class Bottleneck(Kind):
+class Bottleneck(OneLaunch):
     """The bottleneck in one launch, in place or, where that is not possible, to a stack."""
 
     network, planner = "bottleneck", "plan_bottleneck"
@@ -183,11 +190,8 @@ class LayersOfBottleneck(Kind):
 
     network, planner = "bottleneck", "plan_conv"
 
-    def plans(self, case: Case, limits: DeviceLimits) -> Iterable[Layers]:
-        raise NotImplementedError("there are too many: see promising")
-
     def promising(self, case: Case, limits: DeviceLimits) -> list[Layers]:
-        """The fastest plans by the model, and others for the first launch, or for the last: the second is a `Conv`."""
+        # The fastest plans, and others for the first launch, or for the last: the second is that of `Conv`.
         ranked = []
         for problem in case.convs:
             plans = [p for p in conv_plans(problem, limits) if are_enough(case.rows * p.ctas, p.resident, limits)]
