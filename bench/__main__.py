@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import gather_scatter, host, network_plots, networks, plots, reduce_mask, sweep, torch_model
+from .options import no_device, pattern
 from .record import RESULTS, save_rows
 from .table import Row, Task, format_table, format_verdicts
 from .timing import Run, free_memory, start_run
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=[*SUITES, "plots", "all"], default="all", help="default: all")
     parser.add_argument("--quick", action="store_true", help="fewest repeats and sizes: within a minute or two")
     parser.add_argument(
-        "--only", type=_pattern, metavar="PATTERN", help="only cases whose name this regular expression finds"
+        "--only", type=pattern, metavar="PATTERN", help="only cases whose name this regular expression finds"
     )
     parser.add_argument(
         "--output",
@@ -95,25 +96,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
-
-
 def output_folder(options: argparse.Namespace) -> Path:
     """Where the files go. Only whole runs replace the recorded results without being told to."""
     if options.output:
         return Path(options.output)
     return PARTIAL if options.quick or options.only else RESULTS
-
-
-def no_device() -> str:
-    """Why there is no device to measure; empty where there is one."""
-    from sbnet_cupy._jit import why_unavailable
-
-    return why_unavailable()
 
 
 def run_suite(name: str, run: Run, only: re.Pattern[str] | None) -> list[Row]:

@@ -14,7 +14,7 @@ import csv
 import functools
 import itertools
 import math
-import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sbnet_cupy._fused_plan import DeviceLimits
 
 from .network_data import Scene, active_blocks
 from .networks import Sparse
+from .options import no_device, pattern
 from .plan_kinds import KINDS, Case, Kind, numbers_of
 from .record import RESULTS, machine
 from .stages import FEW_SPARSITIES, Network, networks, top_left_case
@@ -117,16 +118,22 @@ def _row_of(case: Case, plan: Any) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure. Returns 1 where a result was wrong."""
+    """Measure. Returns 1 where a result was wrong, or there is no device."""
     from sbnet_cupy import _jit
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.plans", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), help="only networks whose name this finds")
+    parser.add_argument(
+        "--only", type=pattern, default=pattern(""), metavar="PATTERN", help="only networks whose name this finds"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "plans", help="folder (default: bench/results/plans)")
     options = parser.parse_args(arguments)
+    reason = no_device()
+    if reason:
+        print(f"bench.plans: error: plans need a CUDA device: {reason}", file=sys.stderr)
+        return 1
     kind, limits, path = KINDS[options.kind], _jit.device_limits(0), options.output / f"{options.kind}.csv"
     recorded = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
     known = {tuple(row[: COLUMNS.index("us")]) for row in recorded}
@@ -147,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{path}: {len(added)} plans added to {len(recorded)}")
     wrong = [row for row in added if row[-1] != "True"]
     if wrong:
-        print(f"bench.plans: error: {len(wrong)} of {len(added)} results were wrong, the first of {wrong[0]}")
+        text = f"{len(wrong)} of {len(added)} results were wrong, the first of {wrong[0]}"
+        print(f"bench.plans: error: {text}", file=sys.stderr)
     return 1 if wrong else 0
 
 

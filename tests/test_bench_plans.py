@@ -133,6 +133,7 @@ def test_plans_are_checked_and_recorded(
     monkeypatch.setattr(plan_kinds, "MOST_PLANS", 2)
     monkeypatch.setattr(plans, "start_run", lambda quick: contextlib.nullcontext(fake_run()))
     monkeypatch.setattr(plans, "free_memory", lambda: None)
+    monkeypatch.setattr(plans, "no_device", lambda: "")
     monkeypatch.setattr(plans, "machine", lambda: {"device": "a device"})
     monkeypatch.setattr(plans, "time_captured", lambda *_, **__: timing.Timing(12.3456, 1, 1, 5, "graph"))
     monkeypatch.setattr(plans, "Scene", scene_on)
@@ -149,13 +150,22 @@ def test_plans_are_checked_and_recorded(
         assert plans.main([name, "--only", only, "--output", str(tmp_path / "wrong")]) == 1
     each = 3 if "layers" in name else 2
     count = each * len(kind.precisions)
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     for text in (f"{count} plans added to 0", f"0 plans added to {count}", f"{each} of {each} results were wrong"):
         assert text in printed
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     assert list(rows[0]) == list(plans.COLUMNS)
     assert {(row["right"], row["us"], row["device"]) for row in rows} == {("True", "12.346", "a device")}
     assert [row["network"].split()[-1] for row in rows] == [name for name in kind.precisions for _ in range(each)]
+
+
+def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plans.main(["conv", "--only", "("])
+    assert "--only: expected a regular expression, got '('" in capsys.readouterr().err
+    monkeypatch.setattr(plans, "no_device", lambda: "it is gone")
+    assert plans.main(["conv"]) == 1
+    assert capsys.readouterr().err == "bench.plans: error: plans need a CUDA device: it is gone\n"
 
 
 @every_kind

@@ -13,21 +13,18 @@ import cpu_cuda
 import numpy as np
 import pytest
 
+from bench.fit import H200, MHZ
 from bench.stages import Network, networks
 from sbnet_cupy import _fused_network, _jit
 from sbnet_cupy._affine import IDENTITY
 from sbnet_cupy._composed_clocks import ConvSize, StackConv, composed_clocks
 from sbnet_cupy._conv_geometry import make_chain
-from sbnet_cupy._fused_plan import DeviceLimits
 from sbnet_cupy._validate import Spec
 
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
     pytest.skip(cpu_cuda.why_unavailable(), allow_module_level=True)
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
-
-#: An H200, and its clock in MHz.
-H200, MHZ = DeviceLimits(132, 227 << 10, 228 << 10, 90), 1755
 
 
 @pytest.fixture
