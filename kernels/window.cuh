@@ -18,7 +18,8 @@ struct Window {
     int row_stride, column_stride, channel_stride;
     int top, bottom, left, right;
 
-    __device__ bool contains(int y, int x) const { return y >= top && y < bottom && x >= left && x < right; }
+    // By all four comparisons: branches between them took small convolutions up to 0.2 us.
+    __device__ bool contains(int y, int x) const { return (y >= top) & (y < bottom) & (x >= left) & (x < right); }
     __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
 
@@ -300,8 +301,9 @@ struct SharedWindow {
 #pragma unroll kUnroll
         for (int turn = 0; turn < kTurns; ++turn) {
             const int at = pixel(turn), y = at / kWidth, x = at % kWidth;
-            const bool inside = exists && window.contains(y, x);
+            const bool inside = exists & window.contains(y, x);
             const T* from = source + window.offset(y, x);
+            hold(from);  // else there is a branch around each copy, to spare some threads this
             if (at >= kPixels) continue;
             if constexpr (kWhole) {
                 copy_async<kPieceBytes>(place(at), from, inside);
@@ -325,7 +327,7 @@ struct SharedWindow {
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
             const int at = pixel(turn), y = at / kWidth, x = at % kWidth;
-            const bool inside = at < kPixels && begin < channels && window.contains(y, x);
+            const bool inside = (at < kPixels) & (begin < channels) & window.contains(y, x);
             uint4 bits{};
             if (inside) bits = load_fresh(word_at<uint4>(source + window.offset(y, x), 0));
             store(&numbers.at[turn], 0, bits);
