@@ -98,7 +98,7 @@ __device__ inline void start_weights(StepWords* shared, const StepWords* packed,
 }
 
 // Adds one product to the sums of all warps. Row m begins at `row_at(m)` in `matrix`; `before` changes what it reads.
-template <typename Products, typename Layout, int kSteps, bool kNear, typename RowAt, typename Offsets,
+template <int kCtas, typename Products, typename Layout, int kSteps, bool kNear, typename RowAt, typename Offsets,
           typename Before = Unchanged>
 __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigned char* matrix, RowAt row_at,
                                Offsets offsets, const unsigned char* zeros,
@@ -113,7 +113,7 @@ __device__ inline void product(Sums<Layout::kM, Layout::kN>& sums, const unsigne
             rows[m][r] = matrix + row_at(layout.row + m * kRows + Products::row_of(threadIdx.x % kWarp, r));
         }
     }
-    Products::run(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end, before);
+    Products::template run<kCtas>(sums, rows, offsets, zeros, weights.source, weights.begin, weights.end, before);
 }
 
 // The step between two convolutions, from the sums of one product to the matrix of the next. `is_inside` tells which
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
         // To count takes some hundred clocks, for what came before it: the last warp is the one that may have no rows.
         if (part == kParts - 1 && b.meeting != nullptr && threadIdx.x == kProductThreads - kWarp) arrive(b.meeting);
         if (layout1.row < WindowRows::kPixels) {
-            product(
+            product<kCtas>(
                 sums1, window_pixels, [](int m) { return WindowRows::offset(m < WindowRows::kPixels ? m : 0); },
                 offsets1, zeros, weights1, activated);
         }
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     __syncthreads();
 
     Sums<Layout2::kM, Layout2::kN> sums2;
-    product(
+    product<kCtas>(
         sums2, middle, [](int m) { return m < TileRows::kPixels ? HaloRows::offset(m / kTileW, m % kTileW) : 0; },
         offsets2, zeros, weights2);
     Weights3 weights3(kNear3 ? near3 : b.weights[2]);
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
     for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
         Sums<Layout3::kM, Layout3::kN> sums;
-        product(
+        product<kCtas>(
             sums, middle, [](int m) { return TileRows::offset(m < TileRows::kPixels ? m : 0); }, offsets3, zeros,
             weights3);
         if constexpr (kC > Layout3::kAllColumns) {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
                 rows[m][r] = staged.pixels + Shape::Rows::offset(y * Shape::kStrideH, x * Shape::kStrideW);
             }
         }
-        Products::run(sums, rows, offsets, zeros, distant, begin, end);
+        Products::template run<kCtas>(sums, rows, offsets, zeros, distant, begin, end);
         if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
     }
     let_later_kernels_start();

@@ -90,8 +90,8 @@ struct TensorCores {
         __device__ const StepWords& column(int n) const { return words[n]; }
     };
 
-    // Adds steps [begin, end). `offsets` is a list, or PiecesInOrder.
-    template <int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
+    // Adds steps [begin, end). `offsets` is a list, or PiecesInOrder; a multiprocessor is to hold kCtas CTAs.
+    template <int kCtas, int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
     __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows], Offsets offsets,
                                const unsigned char* zeros, Source& source, int begin, int end,
                                const Before& before = Before()) {
@@ -155,7 +155,8 @@ struct Plain {
 
     __device__ static int row_of(int lane, int k) { return lane / 4 + 8 * k; }
 
-    // A lane needs two whole columns: they are loaded where they are used.
+    // A lane needs two whole columns: they are loaded where they are used, and rows piece by piece, so that an address
+    // is found once for four words.
     template <int kN>
     struct Weights {
         const StepWords* packed;
@@ -167,57 +168,74 @@ struct Plain {
         }
     };
 
-    template <int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
+    // Words of each piece that are multiplied at once: as many as there are registers for their weights. Mirrored by
+    // plain_reads of _fused_clocks.py.
+    template <int kCtas, int kM, int kN>
+    static constexpr int kWords = kCtas == 1 ? (kN > 3 ? 2 : 4) : (kM * kN > 5 ? 1 : 2);
+
+    // As above.
+    template <int kCtas, int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>
     __device__ static void run(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows], Offsets offsets,
                                const unsigned char* zeros, Source& source, int begin, int end,
                                const Before& before = Before()) {
+        constexpr int kCount = kWords<kCtas, kM, kN>;
         for (int k = begin; k < end; ++k) {
-            for (int word = 0; word < 4; ++word) {
-                add_words(sums, rows, offsets + k * kStepPieces, zeros, source.at(k), source.column_stride, word,
-                          before.at(k, word));
+#pragma unroll 1
+            for (int first = 0; first < 4; first += kCount) {
+                const auto change_of = [&](int word) { return before.at(k, word); };
+                add_words<kCount>(sums, rows, offsets + k * kStepPieces, zeros, source.at(k), source.column_stride,
+                                  first, change_of);
             }
         }
     }
 
-    // Adds one word of each piece of a step.
-    template <int kM, int kN, typename Offsets, typename Change>
+    // Adds kCount words of each piece of a step, from number `first` on.
+    template <int kCount, int kM, int kN, typename Offsets, typename ChangeOf>
     __device__ static void add_words(Sums<kM, kN>& sums, const unsigned char* const (&rows)[kM][kLaneRows],
                                      Offsets offsets, const unsigned char* zeros, const StepWords* packed,
-                                     int column_stride, int word, const Change& change) {
-        using Pair = Vec<T, 4 / sizeof(T)>;  // the numbers of a word
-        StepWords b[kN][2];
+                                     int column_stride, int first, const ChangeOf& change_of) {
+        StepWords b[kN][2][kCount];
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int t = static_cast<int>(threadIdx.x) % 4;
                 const int column = kInWords && sizeof(T) == 4 ? t + 4 * k : 2 * t + k;
-                b[n][k] = packed[n * column_stride + column * 4 + word];
+#pragma unroll
+                for (int w = 0; w < kCount; ++w) b[n][k][w] = packed[n * column_stride + column * 4 + first + w];
             }
         }
 #pragma unroll
         for (int piece = 0; piece < kStepPieces; ++piece) {
+            const int offset = offsets[piece];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const unsigned int row =
-                        change(load<unsigned int>(piece_at(rows[m][r], offsets[piece], zeros), word), piece);
-                    const Pair a = *reinterpret_cast<const Pair*>(&row);
+                    const auto row = load_lanes<unsigned int, kCount>(piece_at(rows[m][r], offset, zeros), first);
 #pragma unroll
-                    for (int n = 0; n < kN; ++n) {
+                    for (int w = 0; w < kCount; ++w) {
+                        const unsigned int a = change_of(first + w)(row.lane[w], piece);
 #pragma unroll
-                        for (int k = 0; k < 2; ++k) {
-                            const Pair w = *reinterpret_cast<const Pair*>(&b[n][k].lane[piece]);
+                        for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                            for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
-                                float& sum = sums.at[m][n][2 * r + k];
-                                sum = fma_exact(Addition<T>::begin(a.lane[i]), Addition<T>::begin(w.lane[i]), sum);
+                            for (int k = 0; k < 2; ++k) {
+                                add_word(sums.at[m][n][2 * r + k], a, b[n][k][w].lane[piece]);
                             }
                         }
                     }
                 }
             }
+        }
+    }
+
+    // Adds the products of two words' numbers.
+    __device__ static void add_word(float& sum, unsigned int a, unsigned int b) {
+        using Numbers = Vec<T, 4 / sizeof(T)>;
+        const Numbers left = *reinterpret_cast<const Numbers*>(&a), right = *reinterpret_cast<const Numbers*>(&b);
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+            sum = fma_exact(Addition<T>::begin(left.lane[i]), Addition<T>::begin(right.lane[i]), sum);
         }
     }
 };
