@@ -85,8 +85,9 @@ class Ready(NamedTuple):
     launch: Launch | None
     #: How long it takes, by the model, with what must follow it.
     clocks: float = 0
-    #: In which order a convolution takes its weights.
+    #: In which order a convolution takes its weights, and how many bytes of others come before them.
     order: Order = Order.WARPS
+    skipped: int = 0
 
 
 def convolve(
@@ -107,7 +108,7 @@ def convolve(
             source.data.ptr,
             target.data.ptr,
             0 if residual is None else residual.data.ptr,
-            w.words.data.ptr + w.packing.offset(ready.order),
+            w.words.data.ptr + ready.skipped,
             indices.data.ptr,
             bin_counts.data.ptr,
             *before.addresses,
@@ -137,15 +138,9 @@ def prepare_conv(call: ConvCall, most_clocks: float = math.inf) -> Ready | None:
         group_plan, group_clocks = plan_wgmma(problem, call.rows, limits)
     if min(clocks, group_clocks) > most_clocks:
         return None
-    if group_plan is not None and group_clocks * _LEAD < clocks:
+    if group_plan is not None and group_clocks < clocks:
         return _ready_wgmma(call, group_plan, group_clocks)
     return None if plan is None or clocks > most_clocks else _ready_conv(call, plan, tensor, clocks)
-
-
-#: By how much the convolution by warpgroups has to be ahead by its model, to be taken. Of 210 convolutions whose plans
-#: were measured by both kernels (bench/results/plans), 47 take it then, of which 2 are more than 3 % slower; what is
-#: taken needs 1.023 of the time of the best plan of either on average (1.022 with no lead, but 5; 1.027 with 1.1).
-_LEAD = 1.05
 
 
 def _is_for_warpgroups(call: ConvCall, tensor: bool, limits: DeviceLimits) -> bool:
@@ -166,7 +161,8 @@ def _ready_conv(call: ConvCall, plan: ConvPlan, tensor: bool, clocks: float) -> 
 def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
     instance = wgmma_instance(call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident)
-    return Ready(_conv_launch(call, plan, instance, plan.chunks), clocks, Order.WARPGROUPS)
+    launch, order = _conv_launch(call, plan, instance, plan.chunks), Order.WARPGROUPS
+    return Ready(launch, clocks, order, call.packing.offset(order))
 
 
 def _conv_launch(call: ConvCall, plan: ConvPlan | WgmmaPlan, instance: Instance, chunks: int) -> Launch:

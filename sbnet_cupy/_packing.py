@@ -13,7 +13,6 @@ sums are neighbouring features: column ``8*n + 2*t + i`` of 32 is feature ``8*t 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -85,11 +84,7 @@ class Packing:
 
     def offset(self, order: Order) -> int:
         """Bytes in front of that part."""
-        return 0 if order is Order.WARPS else self._warp_bytes
-
-    @functools.cached_property
-    def _warp_bytes(self) -> int:  # kept: every launch asks
-        return 4 * self.words_in(Order.WARPS)
+        return 0 if order is Order.WARPS else 4 * self.words_in(Order.WARPS)
 
     @property
     def words(self) -> int:
