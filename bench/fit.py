@@ -80,29 +80,26 @@ def _numbers(module: ModuleType, *names: str, parts: Iterable[Any] = (None,)) ->
 NUMBERS = {
     "conv": [
         *_numbers(_fused_clocks, "CONV_TENSOR", parts=("products", "halves", "late", "rows", "turn", "exchanged")),
-        *_numbers(_fused_conv_plan, "_WAITS", "LAUNCH", "_CHUNK", "_BROUGHT", "_WRITTEN"),
+        *_numbers(_fused_conv_plan, "_WAITS", "_CHUNK", "_BROUGHT", "_WRITTEN"),
+        *_numbers(_fused_conv_plan, "LAUNCH", parts=("takes",)),
     ],
     "conv-float32": [
-        *_numbers(_fused_clocks, "CONV_PLAIN", parts=("products", "step", "weights", "exchange", "exchanged")),
+        *_numbers(_fused_clocks, "CONV_PLAIN", parts=("products", "step", "rows", "weights", "exchange", "exchanged")),
         *_numbers(_fused_conv_plan, "_PLAIN_CHUNK"),
     ],
     "wgmma": [
-        *_numbers(
-            _fused_wgmma_plan, "_WAITS", "_CHUNK", "_PART", "LAUNCH", "_WEIGHTS", "_PRODUCT", "_COLUMN", "_WRITTEN"
-        ),
+        *_numbers(_fused_wgmma_plan, "_WAITS", "_CHUNK", "_PART", "_WEIGHTS", "_PRODUCT", "_COLUMN", "_WRITTEN"),
+        *_numbers(_fused_wgmma_plan, "LAUNCH", parts=("takes", "hidden")),
         *_numbers(_fused_wgmma_plan, "_BROUGHT", parts=(2, 4)),
     ],
     "bottleneck": [
-        *_numbers(_fused_clocks, "BOTTLENECK_TENSOR", parts=("products", "step", "late", "exchange", "exchanged")),
-        *_numbers(_fused_bottleneck_products, "IMAGES", "_COPIES"),
-        *_numbers(_fused_bottleneck_products, "_ACTIVATION", parts=(2, 4)),
+        *_numbers(_fused_clocks, "BOTTLENECK_TENSOR", parts=("products", "step", "rows", "weights", "near", "exchange", "exchanged")),
+        *_numbers(_fused_bottleneck_products, "IMAGES", "_ACTIVATION", "_COPIES", "_SECOND_EXCHANGE"),
         *_numbers(_fused_bottleneck_plan, "_WAITS"),
     ],
     "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),
     "layers-float32": _numbers(_fused_conv_plan, "_PLAIN_PIXEL_CHUNK"),
-    "bottleneck-float32": _numbers(
-        _fused_clocks, "BOTTLENECK_PLAIN", parts=("products", "step", "weights", "exchange", "exchanged")
-    ),
+    "bottleneck-float32": _numbers(_fused_clocks, "BOTTLENECK_PLAIN", parts=("step", "weights", "near", "exchange")),
 }
 
 
@@ -162,7 +159,7 @@ def fit(numbers: Sequence[Number], measured: Measured) -> None:
     """
     from scipy.optimize import least_squares
 
-    begin, weights = np.log([number.value for number in numbers]), (measured.best / measured.times) ** 2
+    begin, weights = np.log([number.value for number in numbers]), (measured.best / measured.times) ** 4
 
     def errors(logarithms: Array) -> Array:
         for number, logarithm in zip(numbers, logarithms):

@@ -23,9 +23,9 @@ from sbnet_cupy._fused_bottleneck_plan import (
     bottleneck_plans,
     tile_clocks,
 )
-from sbnet_cupy._fused_clocks import Clocks
+from sbnet_cupy._fused_clocks import Clocks, LaunchClocks
 from sbnet_cupy._fused_conv_plan import ConvPlan, ConvProblem, conv_plans
-from sbnet_cupy._fused_plan import DeviceLimits, Pair, are_enough
+from sbnet_cupy._fused_plan import DeviceLimits, Pair, are_enough, launch_clocks
 from sbnet_cupy._fused_wgmma_plan import GroupLayout, WgmmaPlan, wgmma_plans
 from sbnet_cupy._packing import packing_of
 from sbnet_cupy._warps import WarpLayout
@@ -152,8 +152,7 @@ class Wgmma(OneLaunch):
         return wgmma_plans(case.convs[0], limits)
 
     def clocks(self, plans: Sequence[WgmmaPlan], case: Case, limits: DeviceLimits) -> list[float]:
-        found = _listed_clocks(plans, self.plans(case, limits), case.rows, limits)
-        return [clocks + _fused_wgmma_plan.LAUNCH for clocks in found]
+        return _listed_clocks(plans, self.plans(case, limits), case.rows, limits, _fused_wgmma_plan.LAUNCH)
 
     def read(self, numbers: Iterator[int]) -> WgmmaPlan:
         layout = GroupLayout(_pair(numbers), *itertools.islice(numbers, 3))
@@ -172,7 +171,7 @@ class Bottleneck(OneLaunch):
         # The model lists only the best layouts, by its own numbers: so these are asked for by name.
         problem, image, found = case.bottleneck, case.network.shape[1:3], []
         for plan in plans:
-            plan = plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, problem))
+            plan = plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, plan.resident, problem))
             stack = case.rows * plan.ctas > plan.resident * limits.multiprocessors  # in place, all run at once
             found.append(bottleneck_clocks(plan, problem, case.rows, image, limits) + (SCATTER if stack else 0))
         return found
@@ -228,14 +227,15 @@ KINDS: dict[str, Kind] = {
 
 
 def _conv_clocks(plans: Sequence[ConvPlan], problem: ConvProblem, rows: int, limits: DeviceLimits) -> list[float]:
-    found = _listed_clocks(plans, conv_plans(problem, limits), rows, limits)
-    return [clocks + _fused_conv_plan.LAUNCH for clocks in found]
+    return _listed_clocks(plans, conv_plans(problem, limits), rows, limits, _fused_conv_plan.LAUNCH)
 
 
-def _listed_clocks(plans: Sequence[Any], every: Iterable[Any], rows: int, limits: DeviceLimits) -> list[float]:
+def _listed_clocks(
+    plans: Sequence[Any], every: Iterable[Any], rows: int, limits: DeviceLimits, launch: LaunchClocks
+) -> list[float]:
     """Of plans that are among those that the model lists."""
-    found = {numbers_of(plan): plan.clocks for plan in every}
-    return [found[numbers_of(plan)].of(rows * plan.ctas, plan.resident, limits.multiprocessors) for plan in plans]
+    found = {numbers_of(plan): plan for plan in every}
+    return [launch_clocks(found[numbers_of(plan)], rows, limits, launch) for plan in plans]
 
 
 def numbers_of(plan: Any) -> tuple[int, ...]:

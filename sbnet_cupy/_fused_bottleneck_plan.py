@@ -21,7 +21,7 @@ Layouts = tuple[WarpLayout, WarpLayout, WarpLayout]
 _PART_BYTES, _MOST_PARTS = 1 << 14, 4
 
 #: Clocks that a tile waits: for its place, for its window, at barriers; and between two products.
-_WAITS, _BETWEEN = 2630, 800
+_WAITS, _BETWEEN = 1340, 800
 
 #: How likely it is that a mask has its share of the blocks that reach beyond the image.
 _HAS_LAST = 0.25
@@ -139,7 +139,7 @@ def _plans_of(tile: Pair, resident: int, problem: BottleneckProblem, limits: Dev
             continue
         parts = window_parts(products[0], rows[0]) if near & 1 else 1
         shared = alone(whole - left, limits) if resident == 1 else whole - left
-        clocks = tile_clocks(tile, layouts, near, problem)
+        clocks = tile_clocks(tile, layouts, near, resident, problem)
         yield BottleneckPlan(tile, tiles, layouts, near, parts, shared, resident, clocks)
 
 
@@ -192,10 +192,10 @@ def rows_of(tile: Pair, ksize: Pair) -> tuple[int, int, int]:
     return math.prod(halo_of(tile, ksize)), pixels, pixels
 
 
-def tile_clocks(tile: Pair, layouts: Layouts, near: int, problem: BottleneckProblem) -> Clocks:
+def tile_clocks(tile: Pair, layouts: Layouts, near: int, resident: int, problem: BottleneckProblem) -> Clocks:
     """What a tile takes."""
     rows = rows_of(tile, problem.ksize)
     clocks = Clocks(_WAITS + 2 * _BETWEEN, (rows[0] + 2 * rows[1]) * problem.channels * problem.itemsize / IMAGES)
     for product, layout, count in zip(problem.products, layouts, rows):
-        clocks += product.clocks(layout, math.ceil(count / ROWS), bool(near >> product.number & 1))
+        clocks += product.clocks(layout, math.ceil(count / ROWS), bool(near >> product.number & 1), resident)
     return clocks

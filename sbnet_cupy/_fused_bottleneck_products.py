@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
-from ._fused_clocks import BOTTLENECK_PLAIN, BOTTLENECK_TENSOR, Clocks, product_clocks
+from ._fused_clocks import BOTTLENECK_PLAIN, BOTTLENECK_TENSOR, Clocks, plain_rates, product_clocks
 from ._fused_plan import MOST_SUMS, Pair
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing, packing_of
 from ._warps import ROWS, WARPS, WarpLayout, warp_layouts
@@ -24,13 +25,17 @@ _PASS_SUMS = 8
 _NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
 
 #: Bytes of images in a clock that a multiprocessor brings or writes.
-IMAGES = 24.2
+IMAGES = 25.8
 
-#: Instructions that activate a word of a matrix on its way into a product, by the size of a number.
-_ACTIVATION = {2: 4.6, 4: 7.8}
+#: Instructions that activate a word of a matrix on its way into a product.
+_ACTIVATION = 7
 
-#: Bytes in a clock of the second product's weights, for each further warp that reads the same from far, all at once.
-_COPIES = 53
+#: Bytes in a clock of a product's weights, for each further warp that reads the same from far, all at once: of the
+#: second, and of the third in TF32, whose lanes take columns in another order.
+_COPIES = 79
+
+#: Clocks of an exchange of sums of the second product, besides those of any: all have read what it replaces.
+_SECOND_EXCHANGE = 565
 
 
 class Product(NamedTuple):
@@ -62,15 +67,17 @@ class Product(NamedTuple):
         """Whether it is the one that goes over its columns in passes, and shares no depth."""
         return self.number == 2
 
-    def clocks(self, layout: WarpLayout, row_tiles: int, is_near: bool) -> Clocks:
+    def clocks(self, layout: WarpLayout, row_tiles: int, is_near: bool, resident: int) -> Clocks:
         """All passes, and what comes with them."""
-        rates = BOTTLENECK_TENSOR if self.uses_tensor_cores else BOTTLENECK_PLAIN
+        rates = BOTTLENECK_TENSOR if self.uses_tensor_cores else plain_rates(BOTTLENECK_PLAIN, layout, resident)
         passes = self.columns // layout.columns
         clocks = product_clocks(layout, self.steps, self.itemsize, rates, is_near=is_near) * passes
         if self.number == 0:
-            clocks += Clocks(0, _activation_clocks(layout, self.steps, self.itemsize))
-        if self.number == 1 and self.uses_tensor_cores and not is_near:
+            clocks += Clocks(0, _activation_clocks(layout, self.steps))
+        if self.uses_tensor_cores and not is_near and (self.number == 1 or (self.is_last and self.itemsize == 4)):
             clocks += Clocks(0, self.weight_bytes * (layout.warps_m - 1) / _COPIES)
+        if self.number == 1 and self.uses_tensor_cores and layout.depth > 1:
+            clocks += Clocks(_SECOND_EXCHANGE, 0)
         if self.is_last:  # rows of results are written in parts of a warp's columns: about a sector more for each
             clocks += Clocks(0, row_tiles * ROWS * self.columns // (layout.n * COLUMNS) * 32 / IMAGES)
         return clocks
@@ -101,11 +108,11 @@ def ranked_layouts(product: Product, row_tiles: int, resident: int) -> tuple[War
         for layout in warp_layouts(row_tiles, column_tiles, tensor, min(most, _PASS_SUMS) if product.is_last else most)
         if (product.is_last or layout.n * layout.warps_n == column_tiles) and (may_be_deep or layout.depth == 1)
     ]
-    fitting.sort(key=lambda layout: product.clocks(layout, row_tiles, product.may_be_near(resident)).alone)
+    fitting.sort(key=lambda layout: product.clocks(layout, row_tiles, product.may_be_near(resident), resident).alone)
     return tuple(fitting)
 
 
-def _activation_clocks(layout: WarpLayout, steps: int, itemsize: int) -> float:
+def _activation_clocks(layout: WarpLayout, steps: int) -> float:
     """Clocks in which warps activate what they read; those that share rows do it each for itself."""
-    words = steps / layout.depth * 8 * layout.m
-    return WARPS / 4 * words * _ACTIVATION[itemsize]
+    words = math.ceil(steps / layout.depth) * 8 * layout.m
+    return WARPS / 4 * words * _ACTIVATION

@@ -15,28 +15,29 @@ class Rates(NamedTuple):
 
     #: Products of 4-byte numbers in a clock, and by how much there are more of halves.
     products: float
-    halves: float
+    halves: float = 1
     #: Clocks of a step of a warp, whatever it holds: what is loaded is only then multiplied.
-    step: float
+    step: float = 0
     #: Clocks until weights from far are there, which the steps for which a warp asks ahead have in common.
-    late: float
-    #: Clocks in which a warp reads 16 rows, and the weights of 8 columns, of a step.
-    rows: float
-    weights: float
+    late: float = 0
+    #: Clocks in which a warp reads 16 rows of a step; and the weights of 8 columns, from far and from shared memory.
+    rows: float = 0
+    weights: float = 0
+    near: float = 0
     #: Clocks of an exchange of sums, of each turn of the warps in it, and bytes that it moves in a clock.
-    exchange: float
-    turn: float
-    exchanged: float
+    exchange: float = 0
+    turn: float = 0
+    exchanged: float = math.inf
 
 
 # `python -m bench.fit` fits the model to what `python -m bench.plans` has measured on H200s: stages of ResNets in three
 # arithmetics. docs/performance.md says how near it is, and how good the plans are that it picks.
 
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
-CONV_TENSOR = Rates(760, 2.75, 0, 495, 6.5, 0, 0, 214, 100)
-CONV_PLAIN = Rates(59.8, 1, 700, 0, 0, 53.8, 1110, 0, 135)
-BOTTLENECK_TENSOR = Rates(474, 2, 84, 17, 0, 0, 440, 0, 112)
-BOTTLENECK_PLAIN = Rates(81, 1, 800, 0, 0, 54, 0, 0, 70)
+CONV_TENSOR = Rates(products=760, halves=2.75, late=495, rows=6.5, turn=214, exchanged=100)
+CONV_PLAIN = Rates(products=178, step=179, rows=7.3, weights=100, exchange=199, exchanged=27)
+BOTTLENECK_TENSOR = Rates(products=770, halves=2, step=125, rows=2.5, weights=1.36, near=3.7, exchange=200, exchanged=48)
+BOTTLENECK_PLAIN = Rates(products=178, step=275, rows=7.3, weights=82, near=82, exchange=2320)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class Clocks:
         return rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
 
 
+class LaunchClocks(NamedTuple):
+    """What a launch takes besides its tiles."""
+
+    takes: float
+    #: Clocks of its first tiles that pass while the launch before ends, where that leaves every multiprocessor idle.
+    hidden: float = 0
+
+
 def product_clocks(
     layout: WarpLayout, steps: int, itemsize: int, rates: Rates, *, chunks: int = 1, is_near: bool = False
 ) -> Clocks:
@@ -74,11 +83,21 @@ def product_clocks(
     own = chunks * math.ceil(steps / layout.depth)  # of the warp that has most: in short chunks, others have none
     products = layout.rows * layout.columns * chunks * steps * STEP_PIECES * PIECE_BYTES // itemsize
     works = products / (rates.products * (rates.halves if itemsize == 2 else 1))
-    works += WARPS * own * (layout.m * rates.rows + layout.n * rates.weights)
+    works += WARPS * own * (layout.m * rates.rows + layout.n * (rates.near if is_near else rates.weights))
     waits = own * (rates.step + (0 if is_near else rates.late / steps_ahead(layout.n)))
     if layout.depth > 1:
         waits += rates.exchange + rates.turn * math.ceil(layout.m * layout.n / layout.depth)
     return Clocks(waits, works + layout.exchanged_bytes / rates.exchanged)
+
+
+def plain_rates(rates: Rates, layout: WarpLayout, resident: int) -> Rates:
+    """Those of plain arithmetic in a layout, by so many CTAs on a multiprocessor. Mirrored by kWords of products.cuh.
+
+    It reads a piece of a row in one go or several. Two CTAs do not wait at each step: the other one works.
+    """
+    if resident == 1:
+        return rates._replace(rows=rates.rows * (2 if layout.n > 3 else 1))
+    return rates._replace(rows=rates.rows * (4 if layout.m * layout.n > 5 else 2), step=0)
 
 
 def steps_ahead(columns: int) -> int:

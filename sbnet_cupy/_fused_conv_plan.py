@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_clocks import CONV_PLAIN, CONV_TENSOR, Clocks, product_clocks
+from ._fused_clocks import CONV_PLAIN, CONV_TENSOR, Clocks, LaunchClocks, plain_rates, product_clocks
 from ._fused_plan import (
     MOST_SUMS,
     DeviceLimits,
@@ -25,15 +25,18 @@ from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES, Packing
 from ._warps import ROWS, WarpLayout, warp_layouts
 
 #: Sums of a warp where windows come in chunks, in place of MOST_SUMS; next to another CTA, which has half of the
-#: registers; and there, where windows come in chunks and a residual is added.
-_CHUNK_SUMS, _FEW_SUMS, _FEWEST_SUMS = 12, 12, 8
+#: registers; and there, where windows come in chunks, without tensor cores, or on them and a residual is added.
+_CHUNK_SUMS, _FEW_SUMS, _FEW_PLAIN_SUMS, _FEWEST_SUMS = 12, 12, 9, 8
 
-#: Clocks that a tile waits: for its place, for its window, at barriers; and that a launch takes besides its tiles.
-_WAITS, LAUNCH = 1950, 1740
+#: Clocks that a tile waits: for its place, for its window, at barriers.
+_WAITS = 1950
+
+#: What a launch takes. It hides nothing: most of what a CTA does waits for the launch before.
+LAUNCH = LaunchClocks(1740)
 
 #: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them; and where a
 #: kernel is one pixel, so that a chunk has few weights.
-_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 2730, 590, 640
+_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 258, 590, 258
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 20, 79
@@ -81,8 +84,7 @@ class ConvPlan(NamedTuple):
 
 def plan_conv(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[ConvPlan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
-    plan, clocks = fastest(_contenders(problem, limits), rows, limits)
-    return plan, clocks + LAUNCH
+    return fastest(_contenders(problem, limits), rows, limits, LAUNCH)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,29 +110,36 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
         staged = window_bytes(packing.chunk, (height, width), tile[1], problem.strides)
         brought = packing.chunks * staged / _BROUGHT
         pixels = tile[0] * tile[1]
-        for layout, product in _layouts(packing, math.ceil(pixels / ROWS), problem.uses_tensor_cores):
+        for layout, alone_product, product in _layouts(packing, math.ceil(pixels / ROWS), problem.uses_tensor_cores):
             shared = table + 8 * layout.columns + max(staged * min(2, packing.chunks), layout.exchanged_bytes)
             if shared > limits.cta_shared:
                 continue
             residual = _RESIDUAL * math.ceil(layout.m * layout.n / layout.depth) if problem.adds else 0
-            clocks = Clocks(waits + residual, brought + pixels * layout.columns * itemsize / _WRITTEN) + product
+            clocks = Clocks(waits + residual, brought + pixels * layout.columns * itemsize / _WRITTEN)
             splits = packing.columns * COLUMNS // layout.columns
-            yield ConvPlan(tile, tiles, layout, splits, alone(shared, limits), 1, clocks)
+            yield ConvPlan(tile, tiles, layout, splits, alone(shared, limits), 1, clocks + alone_product)
             if shared <= beside and not _spills(layout, problem):
-                yield ConvPlan(tile, tiles, layout, splits, shared, 2, clocks)
+                yield ConvPlan(tile, tiles, layout, splits, shared, 2, clocks + product)
 
 
 @functools.lru_cache(maxsize=512)
-def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[WarpLayout, Clocks], ...]:
-    """Layouts for so many tiles of rows, and what the product takes in each."""
-    most = _CHUNK_SUMS if tensor and packing.chunks > 1 else MOST_SUMS
-    work = (packing.steps, PIECE_BYTES // packing.lanes, CONV_TENSOR if tensor else CONV_PLAIN)
+def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[WarpLayout, Clocks, Clocks], ...]:
+    """Layouts for so many tiles of rows, and what the product takes in each: alone, and next to another CTA."""
+    most = _CHUNK_SUMS if packing.chunks > 1 else MOST_SUMS
+
+    def clocks(layout: WarpLayout, resident: int) -> Clocks:
+        rates = CONV_TENSOR if tensor else plain_rates(CONV_PLAIN, layout, resident)
+        return product_clocks(layout, packing.steps, PIECE_BYTES // packing.lanes, rates, chunks=packing.chunks)
+
     layouts = warp_layouts(row_tiles, packing.columns, tensor, most)
-    return tuple((layout, product_clocks(layout, *work, chunks=packing.chunks)) for layout in layouts)
+    return tuple((layout, clocks(layout, 1), clocks(layout, 2)) for layout in layouts)
 
 
 def _spills(layout: WarpLayout, problem: ConvProblem) -> bool:
     """Whether registers spill, or may, next to another CTA."""
-    several = problem.uses_tensor_cores and problem.packing.chunks > 1
-    most = _FEWEST_SUMS if several and problem.adds else _FEW_SUMS
-    return layout.m * layout.n > most or (several and (layout.depth > 1 or problem.activates))
+    most, tensor = _FEW_SUMS, problem.uses_tensor_cores
+    if problem.packing.chunks > 1:
+        if tensor and (layout.depth > 1 or problem.activates):
+            return True
+        most = (_FEWEST_SUMS if problem.adds else _FEW_SUMS) if tensor else _FEW_PLAIN_SUMS
+    return layout.m * layout.n > most

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, TypeVar
 
-from ._fused_clocks import Clocks
+from ._fused_clocks import Clocks, LaunchClocks
 from ._packing import PIECE_BYTES
 from ._warps import ROWS
 
@@ -130,11 +130,20 @@ def contenders(plans: Iterable[Plan]) -> tuple[Plan, ...]:
     return tuple(plan for _, plan in found)
 
 
-def fastest(plans: Iterable[Plan], rows: int, limits: DeviceLimits) -> tuple[Plan | None, float]:
+def fastest(
+    plans: Iterable[Plan], rows: int, limits: DeviceLimits, launch: LaunchClocks
+) -> tuple[Plan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if there is none."""
     timed = (
-        (plan, plan.clocks.of(rows * plan.ctas, plan.resident, limits.multiprocessors))
+        (plan, launch_clocks(plan, rows, limits, launch))
         for plan in plans
         if are_enough(rows * plan.ctas, plan.resident, limits)
     )
     return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+
+
+def launch_clocks(plan: TilePlan, rows: int, limits: DeviceLimits, launch: LaunchClocks) -> float:
+    """The model of a launch for so many blocks, in a row of its like: what its end leaves idle, the next one's takes."""
+    ctas, places = rows * plan.ctas, plan.resident * limits.multiprocessors
+    idle = -ctas % places / places
+    return launch.takes - launch.hidden * idle + plan.clocks.of(ctas, plan.resident, limits.multiprocessors)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ._fused_clocks import Clocks
+from ._fused_clocks import Clocks, LaunchClocks
 from ._fused_conv_plan import ConvProblem
 from ._fused_plan import DeviceLimits, Pair, alone, contenders, fastest, may_share, room_beside
 from ._packing import COLUMNS, PIECE_BYTES
@@ -40,17 +40,21 @@ _CHUNKS = (2, 4, 8, 16, 32)
 # Fitted as the rates of _fused_clocks.py are.
 
 #: Clocks that a tile waits: for its window and at barriers, for each further chunk, and for each further part of the
-#: weights; and that a launch takes besides its tiles.
-_WAITS, _CHUNK, _PART, LAUNCH = 2400, 150, 90, 1500
+#: weights.
+_WAITS, _CHUNK, _PART = 2770, 252, 35
+
+#: What a launch takes. All that follows from the list of blocks is found before the launch before is done, if there is
+#: room.
+LAUNCH = LaunchClocks(2370, hidden=3040)
 
 #: Bytes of windows, by the size of a number, and of weights in a clock.
-_BROUGHT, _WEIGHTS = {2: 15, 4: 31}, 110
+_BROUGHT, _WEIGHTS = {2: 14.6, 4: 29.9}, 158
 
 #: Clocks of a product of each group: at least, and for each 8 columns.
-_PRODUCT, _COLUMN = 23.3, 3.75
+_PRODUCT, _COLUMN = 23.4, 3.87
 
 #: Bytes of results in a clock.
-_WRITTEN = 11
+_WRITTEN = 14
 
 
 class GroupLayout(NamedTuple):
@@ -111,8 +115,7 @@ class WgmmaPlan(NamedTuple):
 
 def plan_wgmma(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[WgmmaPlan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
-    plan, clocks = fastest(_contenders(problem, limits), rows, limits)
-    return plan, clocks + LAUNCH
+    return fastest(_contenders(problem, limits), rows, limits, LAUNCH)
 
 
 @functools.lru_cache(maxsize=1024)
