@@ -93,12 +93,16 @@ NUMBERS = {
         *_numbers(_fused_wgmma_plan, "_BROUGHT", parts=(2, 4)),
     ],
     "bottleneck": [
-        *_numbers(_fused_clocks, "BOTTLENECK_TENSOR", parts=("products", "step", "rows", "weights", "near", "exchange", "exchanged")),
+        *_numbers(
+            _fused_clocks,
+            "BOTTLENECK_TENSOR",
+            parts=("products", "step", "rows", "weights", "near", "exchange", "exchanged"),
+        ),
         *_numbers(_fused_bottleneck_products, "IMAGES", "_ACTIVATION", "_COPIES", "_SECOND_EXCHANGE"),
         *_numbers(_fused_bottleneck_plan, "_WAITS"),
     ],
     "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),
-    "layers-float32": _numbers(_fused_conv_plan, "_PLAIN_PIXEL_CHUNK"),
+    "layers-float32": _numbers(_fused_clocks, "CONV_PLAIN", parts=("products",)),
     "bottleneck-float32": _numbers(_fused_clocks, "BOTTLENECK_PLAIN", parts=("step", "weights", "near", "exchange")),
 }
 
@@ -109,11 +113,11 @@ class Measured:
     def __init__(self, kind: str, path: Path) -> None:
         self.kind = KINDS[kind]
         by_name = {network.name: network for network in networks(self.kind.network, quick=False)}
-        #: Plans of each case, and microseconds.
-        self.cases: dict[Case, tuple[list[Any], list[float]]] = {}
+        #: Plans of each case that were measured on the same kind of device, and microseconds.
+        self.cases: dict[tuple[Case, str], tuple[list[Any], list[float]]] = {}
         for row in csv.DictReader(path.read_text().splitlines()):
             case = Case(by_name[row["network"]], int(row["bsize"]), int(row["rows"]))
-            plans, times = self.cases.setdefault(case, ([], []))
+            plans, times = self.cases.setdefault((case, row["device"]), ([], []))
             plans.append(self.kind.read(map(int, row["plan"].split())))
             times.append(float(row["us"]))
         self.times = np.concatenate([times for _, times in self.cases.values()])
@@ -122,7 +126,7 @@ class Measured:
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""
-        clocks = [self.kind.clocks(plans, case, H200) for case, (plans, _) in self.cases.items()]
+        clocks = [self.kind.clocks(plans, case, H200) for (case, _), (plans, _) in self.cases.items()]
         return np.concatenate(clocks) / MHZ
 
     def report(self) -> str:

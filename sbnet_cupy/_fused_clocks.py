@@ -36,7 +36,9 @@ class Rates(NamedTuple):
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
 CONV_TENSOR = Rates(products=760, halves=2.75, late=495, rows=6.5, turn=214, exchanged=100)
 CONV_PLAIN = Rates(products=178, step=179, rows=7.3, weights=100, exchange=199, exchanged=27)
-BOTTLENECK_TENSOR = Rates(products=770, halves=2, step=125, rows=2.5, weights=1.36, near=3.7, exchange=200, exchanged=48)
+BOTTLENECK_TENSOR = Rates(
+    products=770, halves=2, step=125, rows=2.5, weights=1.36, near=3.7, exchange=200, exchanged=48
+)
 BOTTLENECK_PLAIN = Rates(products=178, step=275, rows=7.3, weights=82, near=82, exchange=2320)
 
 

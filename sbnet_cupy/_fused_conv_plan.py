@@ -34,9 +34,9 @@ _WAITS = 1950
 #: What a launch takes. It hides nothing: most of what a CTA does waits for the launch before.
 LAUNCH = LaunchClocks(1740)
 
-#: Clocks for which a tile waits for each further chunk of its channels, on tensor cores and without them; and where a
-#: kernel is one pixel, so that a chunk has few weights.
-_CHUNK, _PLAIN_CHUNK, _PIXEL_CHUNK, _PLAIN_PIXEL_CHUNK = 1490, 258, 590, 258
+#: Clocks for which a tile waits for each further chunk of its channels: on tensor cores, there where a kernel is one
+#: pixel, so that a chunk has few weights, and without them.
+_CHUNK, _PIXEL_CHUNK, _PLAIN_CHUNK = 1490, 590, 258
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 20, 79
@@ -98,10 +98,9 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
     table = PIECE_BYTES + packing.steps * STEP_PIECES * 4
     if problem.activates:
         table += 8 * packing.chunk * packing.chunks * packing.lanes
-    if problem.ksize == (1, 1):
-        chunk = _PIXEL_CHUNK if problem.uses_tensor_cores else _PLAIN_PIXEL_CHUNK
-    else:
-        chunk = _CHUNK if problem.uses_tensor_cores else _PLAIN_CHUNK
+    chunk = _PLAIN_CHUNK
+    if problem.uses_tensor_cores:
+        chunk = _PIXEL_CHUNK if problem.ksize == (1, 1) else _CHUNK
     waits = _WAITS + (packing.chunks - 1) * chunk
     beside = room_beside(limits) if may_share(limits) else 0
     for tile in tiles_of(problem.block):

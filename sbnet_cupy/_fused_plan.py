@@ -130,9 +130,7 @@ def contenders(plans: Iterable[Plan]) -> tuple[Plan, ...]:
     return tuple(plan for _, plan in found)
 
 
-def fastest(
-    plans: Iterable[Plan], rows: int, limits: DeviceLimits, launch: LaunchClocks
-) -> tuple[Plan | None, float]:
+def fastest(plans: Iterable[Plan], rows: int, limits: DeviceLimits, launch: LaunchClocks) -> tuple[Plan | None, float]:
     """The plan that the model takes for fastest for so many blocks, and its clocks; None if there is none."""
     timed = (
         (plan, launch_clocks(plan, rows, limits, launch))
@@ -143,7 +141,7 @@ def fastest(
 
 
 def launch_clocks(plan: TilePlan, rows: int, limits: DeviceLimits, launch: LaunchClocks) -> float:
-    """The model of a launch for so many blocks, in a row of its like: what its end leaves idle, the next one's takes."""
+    """The model of a launch for so many blocks, in a row of its like: the next one takes what its end leaves idle."""
     ctas, places = rows * plan.ctas, plan.resident * limits.multiprocessors
     idle = -ctas % places / places
     return launch.takes - launch.hidden * idle + plan.clocks.of(ctas, plan.resident, limits.multiprocessors)
