@@ -12,12 +12,12 @@ import pytest
 from cpu_cuda import standin
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_fused_plan import LIMITS, blocks, counts, pairs
+from test_fused_plan import LIMITS, blocks, counts, fastest, is_crowded, launch_clocks, pairs
 
-from sbnet_cupy import BlockIndices, calc_block_params, sparse_conv2d
+from sbnet_cupy import BlockIndices, _fused_plan, calc_block_params, sparse_conv2d
 from sbnet_cupy._fused_conv_plan import ConvProblem
 from sbnet_cupy._fused_plan import DeviceLimits
-from sbnet_cupy._fused_wgmma_plan import WgmmaPlan, plan_wgmma, wgmma_plans
+from sbnet_cupy._fused_wgmma_plan import LAUNCH, WgmmaPlan, plan_wgmma, wgmma_plans
 from sbnet_cupy._packing import packing_of
 
 
@@ -60,10 +60,20 @@ def test_plans(problem: ConvProblem, rows: int, limits: DeviceLimits) -> None:
     assume(plans)
     for plan in plans:
         check(plan, problem, limits)
+    timed = [(plan, launch_clocks(plan, rows, limits, LAUNCH)) for plan in plans if is_crowded(plan, rows, limits)]
     best, clocks = plan_wgmma(problem, rows, limits)
-    assert best in plans
-    alone = (p for p in plans if p.resident == 1)
-    assert clocks <= min(p.clocks.of(rows * p.ctas, 1, limits.multiprocessors) for p in alone) + 1e4
+    assert (best, clocks) == (fastest(timed)[0], pytest.approx(fastest(timed)[1]))
+
+
+def test_a_launch_hides_what_it_can() -> None:
+    """The more multiprocessors its last CTAs leave idle, the less it takes; none, and it hides nothing."""
+    plan = next(wgmma_plans(ConvProblem(packing_of((3, 3, 24, 24), 2), (3, 3), (1, 1), (8, 16), True), LIMITS[0]))
+    plan = plan._replace(resident=1)
+    hidden = LAUNCH._replace(hidden=0)
+    assert plan.ctas == 1
+    for rows, idle in ((132, 0), (66, 0.5), (33, 0.75), (264, 0), (198, 0.5)):
+        taken = [_fused_plan.launch_clocks(plan, rows, LIMITS[0], launch) for launch in (LAUNCH, hidden)]
+        assert taken[1] - taken[0] == pytest.approx(idle * LAUNCH.hidden)
 
 
 def test_more_work_takes_longer() -> None:
