@@ -67,10 +67,9 @@ def test_plans(problem: ConvProblem, rows: int, limits: DeviceLimits) -> None:
 
 def test_a_launch_hides_what_it_can() -> None:
     """The more multiprocessors its last CTAs leave idle, the less it takes; none, and it hides nothing."""
-    plan = next(wgmma_plans(ConvProblem(packing_of((3, 3, 24, 24), 2), (3, 3), (1, 1), (8, 16), True), LIMITS[0]))
-    plan = plan._replace(resident=1)
+    problem = ConvProblem(packing_of((3, 3, 24, 24), 2), (3, 3), (1, 1), (8, 16), True)
+    plan = next(plan for plan in wgmma_plans(problem, LIMITS[0]) if plan.ctas == plan.resident == 1)
     hidden = LAUNCH._replace(hidden=0)
-    assert plan.ctas == 1
     for rows, idle in ((132, 0), (66, 0.5), (33, 0.75), (264, 0), (198, 0.5)):
         taken = [_fused_plan.launch_clocks(plan, rows, LIMITS[0], launch) for launch in (LAUNCH, hidden)]
         assert taken[1] - taken[0] == pytest.approx(idle * LAUNCH.hidden)
