@@ -169,7 +169,7 @@ struct Plain {
     };
 
     // Words of each piece that are multiplied at once: as many as there are registers for their weights. Mirrored by
-    // plain_reads of _fused_clocks.py.
+    // plain_rates of _fused_clocks.py.
     template <int kCtas, int kM, int kN>
     static constexpr int kWords = kCtas == 1 ? (kN > 3 ? 2 : 4) : (kM * kN > 5 ? 1 : 2);
 
