@@ -18,7 +18,7 @@ struct Window {
     int row_stride, column_stride, channel_stride;
     int top, bottom, left, right;
 
-    // By all four comparisons: branches between them took small convolutions up to 0.2 us.
+    // By all four comparisons: branches between them took small convolutions 0.1 us.
     __device__ bool contains(int y, int x) const { return (y >= top) & (y < bottom) & (x >= left) & (x < right); }
     __device__ int offset(int y, int x) const { return y * row_stride + x * column_stride; }
 };
