@@ -212,7 +212,7 @@ def test_what_is_there_is_not_compiled_again(
 ) -> None:
     with compiling(monkeypatch) as done:
         everything = {*sbnet_cupy._instances.instances_for([], []), *instances_of(CALLS["conv"], "auto", 0)}
-        left = next(instance for instance in everything if instance.source == "conv.cu")
+        left = next(instance for instance in everything if instance.source.startswith("conv"))  # by either kernel
         monkeypatch.setattr(_jit, "_kernels", dict.fromkeys(everything - {left}))
         assert precompile(dtypes=(), calls=iter([CALLS["conv"]]), progress=False) == len(everything)
     assert done == [left]
