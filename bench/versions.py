@@ -1,14 +1,15 @@
 """Times of the recorded networks by other versions of this library, on one machine: what became slower, what faster.
 
 ``python -m bench.versions NAME=FOLDER...`` takes every mask of the recorded networks, at its block size, with the
-package of each of these checkouts and with this one, each in a process of its own, and all of them twice. It writes
-``bench/results/versions.csv``. The benchmark is this checkout's, whatever the package.
+package of each of these checkouts and with this one, each in a process of its own, and all of them twice. What is there
+after each process is in ``bench/results/versions.csv``. The benchmark is this checkout's, whatever the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -43,9 +44,7 @@ class Timed(NamedTuple):
     mask: str
     bsize: int
     version: str
-    #: Microseconds in both processes, the first one first.
     us: float
-    us_again: float
     right: bool
     device: str
 
@@ -53,11 +52,6 @@ class Timed(NamedTuple):
     def case(self) -> tuple[str, str, str, int]:
         """Of what it is the time."""
         return self.kind, self.network, self.mask, self.bsize
-
-    @property
-    def least(self) -> float:
-        """The better of both times."""
-        return min(self.us, self.us_again)
 
 
 def recorded_cases(folder: Path = RESULTS) -> list[tuple[str, str, str, int]]:
@@ -119,11 +113,14 @@ def run_version(folder: Path, code: str, given: str = "") -> str:
 
 
 def summary(rows: Sequence[Timed]) -> list[str]:
-    """For each other version and kind: how this one's times are to its, and which are longer."""
-    mine = {row.case: row.least for row in rows if row.version == THIS}
-    lines = []
-    for version, kind in dict.fromkeys((row.version, row.kind) for row in rows if row.version != THIS):
-        ratios = {row.case: mine[row.case] / row.least for row in rows if (row.version, row.kind) == (version, kind)}
+    """For each other version and kind: how this one's times are to its, and which are longer. The least ones count."""
+    least: dict[str, dict[tuple[str, str, str, int], float]] = {}
+    for row in rows:
+        of_version = least.setdefault(row.version, {})
+        of_version[row.case] = min(row.us, of_version.get(row.case, math.inf))
+    mine, lines = least.pop(THIS), []
+    for version, kind in itertools.product(least, dict.fromkeys(row.kind for row in rows)):
+        ratios = {case: mine[case] / us for case, us in least[version].items() if case[0] == kind}
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         slower = sorted(((ratio, case) for case, ratio in ratios.items() if ratio > APART), reverse=True)
         faster = sum(ratio < 1 / APART for ratio in ratios.values())
@@ -155,21 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason:
         print(f"bench.versions: error: versions are timed on a CUDA device: {reason}", file=sys.stderr)
         return 1
-    versions, times = {**dict(options.versions), THIS: Path(__file__).parents[1]}, dict[str, list[Any]]()
-    for name, folder in (*versions.items(), *versions.items()):
-        print(name, file=sys.stderr)
-        code = "from bench.versions import time_cases; time_cases()"
-        times.setdefault(name, []).append(json.loads(run_version(folder, code, json.dumps(recorded_cases()))))
-    device = machine()["device"]
-    rows = [
-        Timed(*first[:4], name, round(first[4], 3), round(second[4], 3), first[5] and second[5], device)
-        for name, (before, after) in times.items()
-        for first, second in zip(before, after)
-    ]
+    versions, rows = [*options.versions, (THIS, Path(__file__).parents[1])], list[Timed]()
+    cases, device, path = json.dumps(recorded_cases()), machine()["device"], options.output / "versions.csv"
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "versions.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([Timed._fields, *rows])
+    for name, folder in versions * 2:
+        print(name, file=sys.stderr)
+        found = json.loads(run_version(folder, "from bench.versions import time_cases; time_cases()", cases))
+        rows += [Timed(*case, name, round(us, 3), right, device) for *case, us, right in found]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([Timed._fields, *rows])
     print(path, *summary(rows), sep="\n")
     wrong = [row for row in rows if row.version == THIS and not row.right]
     if wrong:

@@ -17,8 +17,8 @@ from bench.versions import THIS, Timed
 ROOT = Path(__file__).parents[1]
 
 
-def timed(network: str, version: str, us: float, again: float) -> Timed:
-    return Timed("conv", network, "roads", 18, version, us, again, True, "a device")
+def timed(network: str, version: str, *times: float) -> list[Timed]:
+    return [Timed("conv", network, "roads", 18, version, us, True, "a device") for us in times]
 
 
 def test_cases_are_those_that_are_recorded() -> None:
@@ -43,12 +43,12 @@ def test_a_version_brings_its_own_package(tmp_path: Path) -> None:
 
 def test_what_is_slower_is_told() -> None:
     rows = [
-        timed("a", "old", 10.0, 9.0),
-        timed("b", "old", 4.0, 4.0),
-        timed("c", "old", 8.0, 8.0),
-        timed("a", THIS, 9.0, 9.9),
-        timed("b", THIS, 6.0, 5.0),
-        timed("c", THIS, 4.0, 4.2),
+        *timed("a", "old", 10.0, 9.0),
+        *timed("b", "old", 4.0, 4.0),
+        *timed("c", "old", 8.0),
+        *timed("a", THIS, 9.0, 9.9),
+        *timed("b", THIS, 6.0, 5.0),
+        *timed("c", THIS, 4.0, 4.2),
     ]
     first, *slower = versions.summary(rows)
     assert first == ("conv, 3 rows: 0.855 of the time of old (geometric mean); more than 5 % faster: 1, slower: 1")

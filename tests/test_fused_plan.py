@@ -20,7 +20,7 @@ from sbnet_cupy._fused_bottleneck_plan import (
     rows_of,
     tiles_in_image,
 )
-from sbnet_cupy._fused_clocks import Clocks, LaunchClocks, steps_ahead
+from sbnet_cupy._fused_clocks import Clocks, LaunchClocks, Rates, plain_rates, steps_ahead
 from sbnet_cupy._fused_conv_plan import LAUNCH, ConvPlan, ConvProblem, conv_plans, plan_conv
 from sbnet_cupy._fused_plan import MOST_SUMS, DeviceLimits, row_pieces, tiles_of, window_bytes
 from sbnet_cupy._packing import packing_of
@@ -246,6 +246,14 @@ def test_clocks_of_several_tiles() -> None:
     assert [tile.of(ctas, 2, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 18, 32]
     assert tile + tile * 2 == Clocks(30, 12)
     assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
+
+
+def test_rates_of_plain_arithmetic() -> None:
+    """Of four words, as many are read at once as kWords of kernels/products.cuh says; two CTAs do not wait."""
+    rates = Rates(products=100, step=7, rows=3)
+    for m, n, resident, words in ((6, 3, 1, 4), (4, 4, 1, 2), (5, 1, 2, 2), (1, 4, 2, 2), (3, 2, 2, 1), (6, 1, 2, 1)):
+        found = plain_rates(rates, WarpLayout(m, n, 1, 1), resident)
+        assert found == rates._replace(rows=3 * 4 // words, step=7 if resident == 1 else 0)
 
 
 def test_tiles_outside_of_the_image_take_no_time() -> None:
