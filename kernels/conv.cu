@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
     const int column_stride = chunks * Shape::kSteps * kWarp;
     const StepWords* weights =
         c.weights + static_cast<int64>((first_feature + layout.column) / kColumns) * column_stride;
+    hold(weights);  // else a part of it is found again for each step
 
     if (threadIdx.x == 0) store(zeros, 0, Vec<int, 4>{});
     list_pieces<typename Shape::Rows, typename Shape::ChunkDepth, true>(offsets);
@@ -101,47 +102,13 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv(const Conv c) {
         if (Form::kChunks || Layout::kDepth > 1) __syncthreads();  // before the memory is used again
     }
     let_later_kernels_start();
-    const bool stack = c.target_is_stack != 0;
-    const Window target = tile.target(c, c.target_strides, stack);
-    const Window residual = tile.target(c, c.residual_strides, false);
-    T* const to = static_cast<T*>(c.target) + target.origin;
-    const T* const with = static_cast<const T*>(c.residual) + residual.origin;
-    const auto bring = [&](int m, int n) {
-        Residual<T, Form::kAdds> pairs{};
-        if constexpr (Form::kAdds) {
-            const int feature = first_feature + layout.column_of(n);
-            const int place = Form::kPaired ? feature : feature * residual.channel_stride;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-                if (feature >= features || !residual.contains(y, x)) continue;
-                pairs.of_pixel[r] = get_pair<T, Form>(with + (residual.offset(y, x) + place), feature + 1 < features,
-                                                      residual.channel_stride);
-            }
-        }
-        return pairs;
-    };
-    layout.finish(windows, sums, bring, [&](int m, int n, const float(&sum)[4], const auto& brought) {
-        const int column = layout.column_of(n), feature = first_feature + column;
-        if (feature >= features) return;
-        const ChannelAffine<2> affine(target_scale, target_shift, c.target_relu != 0, column);
-        const int place = Form::kPaired ? feature : feature * target.channel_stride;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
-            const bool inside = target.contains(y, x);
-            if (y >= tile.y.size || x >= tile.x.size || (!inside && !stack)) continue;
-            float number[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                number[i] = affine(sum[2 * r + i], i);
-                if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought.of_pixel[r].lane[i]);
-                if (!inside) number[i] = 0.0f;
-            }
-            put_pair<T, Form>(to + (target.offset(y, x) + place), number, feature + 1 < features,
-                              target.channel_stride);
-        }
-    });
+    const ConvResults<T, Layout, Shape, Form> results(layout, c, tile, first_feature, target_scale, target_shift);
+    layout.finish(
+        windows, sums, [&](int m) { return results.pixels_of(m); },
+        [&](const auto& pixels, int n) { return results.bring(pixels, n); },
+        [&](const auto& pixels, int n, const auto& tiles, const auto& brought) {
+            results.put(pixels, n, tiles, brought);
+        });
 }
 
 }  // namespace sbnet

@@ -108,26 +108,127 @@ struct Residual {
 template <typename T>
 struct Residual<T, false> {};
 
-// Reads two neighbouring features of a pixel.
-template <typename T, typename Form>
-__device__ inline Vec<T, 2> get_pair(const T* from, bool has_second, int stride) {
-    if constexpr (Form::kPaired) return load<Vec<T, 2>>(from, 0);
-    Vec<T, 2> pair{};
-    pair.lane[0] = from[0];
-    if (has_second) pair.lane[1] = from[stride];
-    return pair;
-}
+// Results of a convolution on their way from a warp's sums to the target. Of a tile of 16 x 8 sums, a lane has two
+// neighbouring features of two pixels.
+template <typename T, typename Layout, typename Shape, typename Form>
+class ConvResults {
+   public:
+    // Two pixels: where the lane's features of a row's first tile are.
+    struct Pixels {
+        T* target[2];
+        const T* residual[2];
+        bool inside[2];   // of the image
+        bool written[2];  // in the tile, and in the target: a stack has room for pixels outside of the image
+    };
+    using Brought = Residual<T, Form::kAdds>;
 
-// Writes two neighbouring features of a pixel.
-template <typename T, typename Form>
-__device__ inline void put_pair(T* to, const float (&number)[2], bool has_second, int stride) {
-    const auto result = rounded<T, false>(number);
-    if constexpr (Form::kPaired) {
-        store(to, 0, result);
-    } else {
-        to[0] = result.lane[0];
-        if (has_second) to[stride] = result.lane[1];
+    // Scales and shifts are those of the layout's columns.
+    __device__ ConvResults(const Layout& layout, const Conv& c, const ConvTile& tile, int first_feature,
+                           const float* scale, const float* shift)
+        : layout(layout),
+          c(c),
+          target(tile.target(c, c.target_strides, c.target_is_stack != 0)),
+          residual(tile.target(c, c.residual_strides, false)),
+          height(tile.y.size),
+          width(tile.x.size),
+          first_feature(first_feature),
+          scale(scale),
+          shift(shift) {}
+
+    __device__ Pixels pixels_of(int m) const {
+        const int feature = first_feature + layout.column_of(0);
+        Pixels pixels{};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int pixel = layout.row_of(m, r), y = pixel / Shape::kTileW, x = pixel % Shape::kTileW;
+            const bool inside = target.contains(y, x);
+            pixels.inside[r] = inside;
+            pixels.written[r] = (y < height) & (x < width) & (inside | (c.target_is_stack != 0));
+            const int offset = pixels.written[r] ? target.offset(y, x) + feature * step(target) : 0;
+            pixels.target[r] = static_cast<T*>(c.target) + target.origin + offset;
+            // Else it is found again for each tile of a row: large convolutions in float16 took 1.1 times as long.
+            // Where depths share the tiles of a row, it is for one of them.
+            if constexpr (Layout::kDepth == 1) hold(pixels.target[r]);
+            if constexpr (Form::kAdds) {
+                const int from = inside ? residual.offset(y, x) + feature * step(residual) : 0;
+                pixels.residual[r] = static_cast<const T*>(c.residual) + residual.origin + from;
+            }
+        }
+        return pixels;
     }
-}
+
+    // Asks for what is added to tile n of a row.
+    __device__ Brought bring(const Pixels& pixels, int n) const {
+        Brought found{};
+        if constexpr (Form::kAdds) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (!has(n, 0) || !pixels.inside[r]) continue;
+                const T* const from = pixels.residual[r] + n * kColumns * step(residual);
+                if constexpr (Form::kPaired) {
+                    found.of_pixel[r] = load<Vec<T, 2>>(from, 0);
+                } else {
+                    found.of_pixel[r].lane[0] = from[0];
+                    if (has(n, 1)) found.of_pixel[r].lane[1] = from[residual.channel_stride];
+                }
+            }
+        }
+        return found;
+    }
+
+    // Writes tiles first, first + 1, ... of a row: scaled, shifted, and with what was brought.
+    template <int kTiles>
+    __device__ void put(const Pixels& pixels, int first, const float (&sums)[kTiles][4],
+                        const Brought (&brought)[kTiles]) const {
+        Vec<T, 2> results[kTiles][2];
+#pragma unroll
+        for (int k = 0; k < kTiles; ++k) {
+            const ChannelAffine<2> affine(scale, shift, c.target_relu != 0, layout.column_of(first + k));
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float number[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    number[i] = affine(sums[k][2 * r + i], i);
+                    if constexpr (Form::kAdds) number[i] += Addition<T>::begin(brought[k].of_pixel[r].lane[i]);
+                    if (!pixels.inside[r]) number[i] = 0.0f;
+                }
+                results[k][r] = rounded<T, false>(number);
+            }
+        }
+        // One after the other what lies side by side: pixel after pixel.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (!pixels.written[r]) continue;
+#pragma unroll
+            for (int k = 0; k < kTiles; ++k) {
+                const int n = first + k;
+                if (!has(n, 0)) continue;
+                T* const to = pixels.target[r] + n * kColumns * step(target);
+                if constexpr (Form::kPaired) {
+                    store(to, 0, results[k][r]);
+                } else {
+                    to[0] = results[k][r].lane[0];
+                    if (has(n, 1)) to[target.channel_stride] = results[k][r].lane[1];
+                }
+            }
+        }
+    }
+
+   private:
+    const Layout& layout;
+    const Conv& c;
+    const Window target, residual;
+    const int height, width, first_feature;
+    const float *scale, *shift;
+
+    // From a feature to the next.
+    __device__ static int step(const Window& window) { return Form::kPaired ? 1 : window.channel_stride; }
+
+    // Whether there is feature i of the two that the lane has of tile n.
+    __device__ bool has(int n, int i) const {
+        return first_feature + layout.column_of(n) + i < static_cast<int>(c.features);
+    }
+};
 
 }  // namespace sbnet

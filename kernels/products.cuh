@@ -156,7 +156,7 @@ struct Plain {
     __device__ static int row_of(int lane, int k) { return lane / 4 + 8 * k; }
 
     // A lane needs two whole columns: they are loaded where they are used, and rows piece by piece, so that an address
-    // is found once for four words.
+    // is found once for several words.
     template <int kN>
     struct Weights {
         const StepWords* packed;
@@ -168,10 +168,11 @@ struct Plain {
         }
     };
 
-    // Words of each piece that are multiplied at once: as many as there are registers for their weights. Mirrored by
-    // plain_rates of _fused_clocks.py.
+    // Words of each piece that are multiplied at once: as many as there are registers for their weights, and for numbers
+    // of halves. Mirrored by plain_rates of _fused_clocks.py, but for halves, which tensor cores multiply since sm_80.
     template <int kCtas, int kM, int kN>
-    static constexpr int kWords = kCtas == 1 ? (kN > 3 ? 2 : 4) : (kM * kN > 5 ? 1 : 2);
+    static constexpr int kWords = kCtas == 1 ? (kN > 3 || (sizeof(T) == 2 && kM * kN > 5) ? 2 : 4)
+                                             : (kM * kN > 5 ? 1 : 2);
 
     // As above.
     template <int kCtas, int kM, int kN, typename Offsets, typename Source, typename Before = Unchanged>

@@ -346,11 +346,12 @@ __device__ inline void finish_warpgroup_products() {
 #endif
 }
 
-// Lets the compiler find a pointer here, and not where it is used.
+// Lets the compiler find a pointer to global memory here, and not where it is used.
 template <typename T>
 __device__ inline void hold(T*& pointer) {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+l"(pointer));
+    __builtin_assume(__isGlobal(pointer));  // it no longer sees where the pointer comes from
 #endif
 }
 // Keeps the compiler from using sums earlier.

@@ -437,21 +437,23 @@ struct Warps {
     __device__ int begin(int steps) const { return steps * depth / kDepth; }
     __device__ int end(int steps) const { return steps * (depth + 1) / kDepth; }
 
-    // Calls `finish(m, n, sum, brought)` for every tile of 16 x 8 sums: by the only warp that has it, or, after the parts
-    // of all depths are added, by the warp of depth (m * kN + n) % kDepth. Parts are added in order, so that every run
-    // gives the same bits. What `bring(m, n)` returns is brought from memory ahead: for a row of tiles, or for the next
-    // one while the parts of another are added. All threads call it; nobody may be reading `shared`.
-    template <typename Bring, typename Finish>
-    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, Bring bring, Finish finish) const {
-        using Brought = decltype(bring(0, 0));
+    // Calls `finish(pixels, n, sums, brought)` for all tiles (m, n) of 16 x 8 sums. By the only warp that has them: for
+    // the kN tiles of a row at once. Or, after the parts of all depths are added: for each alone, by the warp of depth
+    // (m * kN + n) % kDepth. Parts are added in order, so that every run gives the same bits. `pixels` is what
+    // `pixels_of(m)` returns, and what `bring(pixels, n)` returns is brought from memory ahead: for a row of tiles, or
+    // for the next one while the parts of another are added. All threads call it; nobody may be reading `shared`.
+    template <typename PixelsOf, typename Bring, typename Finish>
+    __device__ void finish(unsigned char* shared, const Sums<kM, kN>& sums, PixelsOf pixels_of, Bring bring,
+                           Finish finish) const {
+        using Brought = decltype(bring(pixels_of(0), 0));
         if constexpr (kDepth == 1) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
+                const auto pixels = pixels_of(m);
                 Brought brought[kN];
 #pragma unroll
-                for (int n = 0; n < kN; ++n) brought[n] = bring(m, n);
-#pragma unroll
-                for (int n = 0; n < kN; ++n) finish(m, n, sums.at[m][n], brought[n]);
+                for (int n = 0; n < kN; ++n) brought[n] = bring(pixels, n);
+                finish(pixels, 0, sums.at[m], brought);
             }
         } else {
             using Part = Vec<float, 4>;
@@ -459,7 +461,7 @@ struct Warps {
             Part* parts = reinterpret_cast<Part*>(shared) + wide * kTiles * kWarp + lane;
             constexpr int kStride = kWide * kTiles * kWarp;  // from depth to depth
             Brought next{};
-            if (depth < kTiles) next = bring(depth / kN, depth % kN);
+            if (depth < kTiles) next = bring(pixels_of(depth / kN), depth % kN);
 #pragma unroll
             for (int k = 0; k < kTiles; ++k) {
                 const float(&sum)[4] = sums.at[k / kN][k % kN];
@@ -467,18 +469,18 @@ struct Warps {
             }
             __syncthreads();
             for (int k = depth; k < kTiles; k += kDepth) {
-                const Brought brought = next;
-                if (k + kDepth < kTiles) next = bring((k + kDepth) / kN, (k + kDepth) % kN);
+                const Brought brought[1] = {next};
+                if (k + kDepth < kTiles) next = bring(pixels_of((k + kDepth) / kN), (k + kDepth) % kN);
                 Part part[kDepth];
 #pragma unroll
                 for (int d = 0; d < kDepth; ++d) part[d] = parts[d * kStride + k * kWarp];
-                float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                float total[1][4] = {};
 #pragma unroll
                 for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) sum[i] += part[d].lane[i];
+                    for (int i = 0; i < 4; ++i) total[0][i] += part[d].lane[i];
                 }
-                finish(k / kN, k % kN, sum, brought);
+                finish(pixels_of(k / kN), k % kN, total, brought);
             }
         }
     }

@@ -1794,33 +1794,37 @@ conv-padding-of-a-stack: conv.cuh, layers
 - y.first) * Shape::kStrideH - (stack ? 0 : static_cast<int>(c.height.pad));
 + y.first) * Shape::kStrideH - static_cast<int>(c.height.pad);
 
-conv-outside-of-a-stack: conv.cu, layers
-- if (!inside) number[i] = 0.0f;
+conv-outside-of-a-stack: conv.cuh, layers
+- if (!pixels.inside[r]) number[i] = 0.0f;
 +
 
 conv-last-feature: conv.cuh, conv_plain
-- if (has_second) to[stride] = result.lane[1];
-+ to[stride] = result.lane[1];
+- if (has(n, 1)) to[target.channel_stride] =
++ to[target.channel_stride] =
 
-conv-outside: conv.cu, conv_plain
-- || (!inside && !stack)) continue;
-+ ) continue;
+conv-outside: conv.cuh, conv_plain
+- (x < width) & (inside | (c.target_is_stack != 0));
++ (x < width);
 
-conv-residual: conv.cu, layers
-- brought.of_pixel[r].lane[i]);
-+ brought.of_pixel[r].lane[0]);
+conv-residual: conv.cuh, layers
+- brought[k].of_pixel[r].lane[i]);
++ brought[k].of_pixel[r].lane[0]);
 
-conv-residual-feature: conv.cu, layers
-- int place = Form::kPaired ? feature : feature * residual.channel_stride;
-+ int place = 0;
+conv-residual-feature: conv.cuh, layers
+- residual.offset(y, x) + feature * step(residual) : 0;
++ residual.offset(y, x) : 0;
 
 conv-residual-of-another-tile: window.cuh, layers_plans
-- brought[n] = bring(m, n);
-+ brought[n] = bring(m, 0);
+- brought[n] = bring(pixels, n);
++ brought[n] = bring(pixels, 0);
 
 conv-residual-of-the-next: window.cuh, layers
-- next = bring(depth / kN, depth % kN);
-+ next = bring(0, 0);
+- next = bring(pixels_of(depth / kN), depth % kN);
++ next = bring(pixels_of(0), 0);
+
+conv-tile-of-a-row: conv.cuh, conv_plain
+- int n = first + k;
++ int n = k;
 
 conv-window-not-awaited: conv.cu, conv
 - wait_async_groups<0>();
@@ -1922,8 +1926,8 @@ tiles-of-a-block: window.cuh, conv_chunks
 - within = tile * tile_size;
 + within = 0;
 
-conv-clipped: conv.cu, layers
-- y >= tile.y.size || x >= tile.x.size ||
+conv-clipped: conv.cuh, layers
+- (y < height) & (x < width) &
 +
 
 conv-features: conv.cu, conv_chunks
