@@ -34,7 +34,7 @@ _ACTIVATION = 7
 #: second, and of the third in TF32, whose lanes take columns in another order.
 _COPIES = 79
 
-#: Clocks of an exchange of sums of the second product, besides those of any: all have read what it replaces.
+#: Clocks of an exchange of sums of the second product, besides those of any. Fitted: why it takes longer is not known.
 _SECOND_EXCHANGE = 565
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._fused_clocks import CONV_PLAIN, CONV_TENSOR, Clocks, LaunchClocks, plain_rates, product_clocks
+from ._fused_clocks import CONV_PLAIN, CONV_TENSOR, Clocks, LaunchClocks, Rates, plain_rates, product_clocks
 from ._fused_plan import (
     MOST_SUMS,
     DeviceLimits,
@@ -126,12 +126,18 @@ def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[Warp
     """Layouts for so many tiles of rows, and what the product takes in each: alone, and next to another CTA."""
     most = _CHUNK_SUMS if packing.chunks > 1 else MOST_SUMS
 
-    def clocks(layout: WarpLayout, resident: int) -> Clocks:
-        rates = CONV_TENSOR if tensor else plain_rates(CONV_PLAIN, layout, resident)
+    def clocks(layout: WarpLayout, rates: Rates) -> Clocks:
         return product_clocks(layout, packing.steps, PIECE_BYTES // packing.lanes, rates, chunks=packing.chunks)
 
-    layouts = warp_layouts(row_tiles, packing.columns, tensor, most)
-    return tuple((layout, clocks(layout, 1), clocks(layout, 2)) for layout in layouts)
+    found = []
+    for layout in warp_layouts(row_tiles, packing.columns, tensor, most):
+        if tensor:  # at the same rates
+            took = clocks(layout, CONV_TENSOR)
+            found.append((layout, took, took))
+        else:
+            rates = (plain_rates(CONV_PLAIN, layout, resident) for resident in (1, 2))
+            found.append((layout, clocks(layout, next(rates)), clocks(layout, next(rates))))
+    return tuple(found)
 
 
 def _spills(layout: WarpLayout, problem: ConvProblem) -> bool:
