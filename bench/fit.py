@@ -12,11 +12,12 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from sbnet_cupy import (
+    _composed_clocks,
     _fused_bottleneck_plan,
     _fused_bottleneck_products,
     _fused_clocks,
@@ -69,7 +70,14 @@ class Number(NamedTuple):
                     function.cache_clear()
 
 
-MODULES = (_fused_clocks, _fused_conv_plan, _fused_wgmma_plan, _fused_bottleneck_products, _fused_bottleneck_plan)
+MODULES = (
+    _composed_clocks,
+    _fused_clocks,
+    _fused_conv_plan,
+    _fused_wgmma_plan,
+    _fused_bottleneck_products,
+    _fused_bottleneck_plan,
+)
 
 
 def _numbers(module: ModuleType, *names: str, parts: Iterable[Any] = (None,)) -> list[Number]:
@@ -102,9 +110,23 @@ NUMBERS = {
         *_numbers(_fused_bottleneck_plan, "_WAITS"),
     ],
     "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),
-    "layers-float32": _numbers(_fused_clocks, "CONV_PLAIN", parts=("products",)),
+    "layers-float32": [],  # all of them are those of "conv-float32"
     "bottleneck-float32": _numbers(_fused_clocks, "BOTTLENECK_PLAIN", parts=("step", "weights", "near", "exchange")),
 }
+
+
+class Record(Protocol):
+    """Problems that were measured."""
+
+    #: Microseconds, and those of the fastest plan for the same.
+    times: Array
+    best: Array
+
+    def expected(self) -> Array:
+        """Microseconds by the model as it is."""
+
+    def report(self) -> str:
+        """How near the model is, and how good its choice."""
 
 
 class Measured:
@@ -156,7 +178,7 @@ def as_they_were(numbers: Sequence[Number]) -> Iterator[None]:
             number.put(value)
 
 
-def fit(numbers: Sequence[Number], measured: Measured) -> None:
+def fit(numbers: Sequence[Number], measured: Record) -> None:
     """Change the numbers to those with which the model is nearest: least squares of logarithms.
 
     The nearer a plan is to the fastest one, among which a choice is made, the more it counts; outliers count less.
@@ -174,6 +196,19 @@ def fit(numbers: Sequence[Number], measured: Measured) -> None:
     errors(least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=12).x)
 
 
+def print_fit(numbers: Sequence[Number], measured: Record) -> None:
+    """The model as it is, and as it would be nearest."""
+    print(f"as it is: {measured.report()}")
+    if not numbers:
+        return
+    with as_they_were(numbers):
+        before = [number.value for number in numbers]
+        fit(numbers, measured)
+        print(f"fitted:   {measured.report()}")
+        for number, old in zip(numbers, before):
+            print(f"  {number!s:<48}{old:>9.4g} -> {number.value:.4g}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,14 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--plans", type=Path, default=RESULTS / "plans", help="folder (default: bench/results/plans)")
     options = parser.parse_args(arguments)
-    measured, numbers = Measured(options.kind, options.plans / f"{options.kind}.csv"), NUMBERS[options.kind]
-    print(f"as it is: {measured.report()}")
-    with as_they_were(numbers):
-        before = [number.value for number in numbers]
-        fit(numbers, measured)
-        print(f"fitted:   {measured.report()}")
-        for number, old in zip(numbers, before):
-            print(f"  {number!s:<48}{old:>9.4g} -> {number.value:.4g}")
+    print_fit(NUMBERS[options.kind], Measured(options.kind, options.plans / f"{options.kind}.csv"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ._conv_geometry import Pair
+
 
 class ConvSize(NamedTuple):
     """How much a convolution multiplies for an output pixel."""
@@ -30,6 +32,7 @@ class StackConv(NamedTuple):
     #: Pixels that it reads, and that it puts out, in all blocks.
     source: int
     target: int
+    strides: Pair = (1, 1)
 
 
 class _Rates(NamedTuple):
@@ -44,37 +47,57 @@ class _Rates(NamedTuple):
     bytes: float
     #: Features to which the libraries' kernels fill up.
     features: int
+    #: Where cuBLAS takes a matrix product for each pixel of a kernel: clocks of each, and bytes in a clock.
+    matrix: float = 0
+    matrix_bytes: float = math.inf
 
 
-# Fitted to 674 problems of the benchmark (see _fused_clocks.py) with cuDNN installed, within 10 to 12 % (root mean
-# square). Where the faster engine is chosen by both models, calls take 1.000 (TF32), 1.001 (half types) and 1.002 (IEEE
-# float32) of the better engine's time on average.
+# Of tensor cores: fitted to 674 problems of the benchmark with cuDNN installed, within 10 to 12 % (root mean square).
+# Of IEEE float32, which cuBLAS multiplies: fitted by `python -m bench.composed --fit`.
 _RATES = {
     "half": _Rates(11450, 6340, 7.0, 1713, 17.7, 128),
     "tf32": _Rates(8130, 7970, 7.2, 661, 18.7, 128),
-    "float32": _Rates(58950, 3180, 9.3, 63.2, 14.1, 1),
 }
+_FLOAT32 = _Rates(18300, 8040, 18.6, 95.7, 17.5, 64, matrix=2890, matrix_bytes=30.2)
 
 
 def composed_clocks(convs: Sequence[StackConv], itemsize: int, tf32: bool, multiprocessors: int) -> float:
     """Clocks of a chain of convolutions on active blocks."""
-    rates = _RATES["half" if itemsize == 2 else "tf32" if tf32 else "float32"]
-    products = sum(
-        conv.target * conv.size.kernel_pixels * conv.size.channels * _filled(conv.size.features, rates.features)
-        for conv in convs
-    )
-    works = products / rates.products + itemsize * _numbers_moved(convs) / rates.bytes
     terms = sum(conv.size.kernel_pixels * conv.size.channels for conv in convs)
-    return rates.call + rates.conv * len(convs) + rates.term * terms + works / multiprocessors
+    if itemsize == 4 and not tf32:
+        rates = _FLOAT32
+        waits = rates.matrix * sum(conv.size.kernel_pixels for conv in convs)
+        pixels = [conv.source // math.prod(conv.strides) for conv in convs]  # also where a kernel leaves its block
+        moved = sum(map(_matrix_numbers, convs, pixels)) / rates.matrix_bytes
+    else:
+        rates, waits = _RATES["half" if itemsize == 2 else "tf32"], 0.0
+        pixels = [conv.target for conv in convs]
+        moved = sum(_numbers(conv) for conv in convs) / rates.bytes
+    products = sum(
+        count * conv.size.kernel_pixels * conv.size.channels * _filled(conv.size.features, rates.features)
+        for conv, count in zip(convs, pixels)
+    )
+    works = products / rates.products + itemsize * (moved + _numbers_between(convs) / rates.bytes)
+    return rates.call + rates.conv * len(convs) + rates.term * terms + waits + works / multiprocessors
 
 
 def _filled(number: int, group: int) -> int:
     return math.ceil(number / group) * group
 
 
-def _numbers_moved(convs: Sequence[StackConv]) -> int:
-    """Read and written: gathered, by each convolution, by the step behind each but the last, and scattered."""
+def _numbers(conv: StackConv) -> int:
+    """Read and written by a convolution."""
+    return conv.source * conv.size.channels + conv.target * conv.size.features
+
+
+def _matrix_numbers(conv: StackConv, pixels: int) -> int:
+    """The same where it is a matrix product for each pixel of its kernel: all but the first read what they add to."""
+    kernel_pixels, channels, features = conv.size
+    return pixels * (kernel_pixels * channels + (2 * kernel_pixels - 1) * features)
+
+
+def _numbers_between(convs: Sequence[StackConv]) -> int:
+    """Read and written: gathered, by the step behind each convolution but the last, and scattered."""
     first, last = convs[0], convs[-1]
     ends = 2 * first.source * first.size.channels + 2 * last.target * last.size.features
-    own = sum(conv.source * conv.size.channels + conv.target * conv.size.features for conv in convs)
-    return ends + own + sum(2 * conv.target * conv.size.features for conv in convs[:-1])
+    return ends + sum(2 * conv.target * conv.size.features for conv in convs[:-1])

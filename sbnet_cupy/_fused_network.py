@@ -69,7 +69,8 @@ class FusedBlocks:
         """How long the composed engine takes."""
         limits = _jit.device_limits(self.device)
         pixels = [self.rows * math.prod(grid.bsize) for grid in stack_grids(self.layers, self.params)]
-        convs = list(map(StackConv, self.sizes, pixels, pixels[1:]))
+        strides = [layer.strides for layer in self.layers]
+        convs = list(map(StackConv, self.sizes, pixels, pixels[1:], strides))
         return composed_clocks(convs, itemsize, self.tf32 and limits.has_tensor_cores, limits.multiprocessors)
 
     def stack(self, step: int, dtype: np.dtype[Any]) -> Spec:

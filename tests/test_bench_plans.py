@@ -168,7 +168,7 @@ def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert capsys.readouterr().err == "bench.plans: error: plans need a CUDA device: it is gone\n"
 
 
-@every_kind
+@pytest.mark.parametrize("name", [name for name, numbers in fit.NUMBERS.items() if numbers])
 def test_numbers_are_found_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Times that the model itself gives, with some numbers changed: they are what fits, and nothing stays changed."""
     kind, numbers = KINDS[name], fit.NUMBERS[name]
@@ -195,6 +195,12 @@ def test_numbers_are_found_again(name: str, tmp_path: Path, capsys: pytest.Captu
     fit.main([name, "--plans", str(tmp_path)]) if name == "bottleneck" else None
     assert [number.value for number in numbers] == before
     capsys.readouterr()
+
+
+def test_a_kind_without_numbers_of_its_own_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    fit.main(["layers-float32"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("as it is: ")
 
 
 #: What docs/performance.md calls the kinds.
