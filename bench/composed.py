@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sbnet_cupy import _composed_clocks
-from sbnet_cupy._composed_clocks import ConvSize, StackConv, composed_clocks
-from sbnet_cupy._conv_geometry import make_chain, stack_grids
+from sbnet_cupy._composed_clocks import composed_clocks
+from sbnet_cupy._conv_geometry import make_chain
+from sbnet_cupy._fused_network import FusedBlocks
 
 from .fit import H200, MHZ, Array, Number, print_fit
 from .network_data import Scene
@@ -63,18 +64,18 @@ def measure(network: Network, run: Run) -> Iterator[tuple[str, ...]]:
         yield network.name, str(case.bsize), str(case.rows), f"{timing.median_us:.3f}", str(right)
 
 
+def blocks_of(case: Case) -> FusedBlocks:
+    """The form of a call, of which the library asks its models."""
+    network, shapes = case.network, tuple(case.network.layers)
+    image, count = (network.shape[1], network.shape[2]), len(shapes)
+    layers = tuple(make_chain(image, [shape[:2] for shape in shapes], [(1, 1)] * count, ["SAME"] * count))
+    is_tf32 = network.precision.name == "tf32"
+    return FusedBlocks(0, (12, 4), case.rows, 1, layers, network.params(case.bsize), shapes, is_tf32)
+
+
 def composed(case: Case) -> float:
     """Clocks by the model of the composed engine as it is."""
-    network, params = case.network, case.network.params(case.bsize)
-    sizes, count = [ConvSize.of(shape) for shape in network.layers], len(network.layers)
-    layers = make_chain(
-        (network.shape[1], network.shape[2]),
-        [shape[:2] for shape in network.layers],
-        [(1, 1)] * count,
-        ["SAME"] * count,
-    )
-    pixels = [case.rows * grid.bsize[0] * grid.bsize[1] for grid in stack_grids(tuple(layers), params)]
-    return composed_clocks(list(map(StackConv, sizes, pixels, pixels[1:])), 4, False, H200.multiprocessors)
+    return composed_clocks(blocks_of(case).stack_convs, 4, False, H200.multiprocessors)
 
 
 def fused(case: Case) -> float:

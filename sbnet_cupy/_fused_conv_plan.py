@@ -109,16 +109,16 @@ def conv_plans(problem: ConvProblem, limits: DeviceLimits) -> Iterator[ConvPlan]
         staged = window_bytes(packing.chunk, (height, width), tile[1], problem.strides)
         brought = packing.chunks * staged / _BROUGHT
         pixels = tile[0] * tile[1]
-        for layout, alone_product, product in _layouts(packing, math.ceil(pixels / ROWS), problem.uses_tensor_cores):
+        for layout, single, double in _layouts(packing, math.ceil(pixels / ROWS), problem.uses_tensor_cores):
             shared = table + 8 * layout.columns + max(staged * min(2, packing.chunks), layout.exchanged_bytes)
             if shared > limits.cta_shared:
                 continue
             residual = _RESIDUAL * math.ceil(layout.m * layout.n / layout.depth) if problem.adds else 0
             clocks = Clocks(waits + residual, brought + pixels * layout.columns * itemsize / _WRITTEN)
             splits = packing.columns * COLUMNS // layout.columns
-            yield ConvPlan(tile, tiles, layout, splits, alone(shared, limits), 1, clocks + alone_product)
+            yield ConvPlan(tile, tiles, layout, splits, alone(shared, limits), 1, clocks + single)
             if shared <= beside and not _spills(layout, problem):
-                yield ConvPlan(tile, tiles, layout, splits, shared, 2, clocks + product)
+                yield ConvPlan(tile, tiles, layout, splits, shared, 2, clocks + double)
 
 
 @functools.lru_cache(maxsize=512)
@@ -131,12 +131,11 @@ def _layouts(packing: Packing, row_tiles: int, tensor: bool) -> tuple[tuple[Warp
 
     found = []
     for layout in warp_layouts(row_tiles, packing.columns, tensor, most):
-        if tensor:  # at the same rates
-            took = clocks(layout, CONV_TENSOR)
-            found.append((layout, took, took))
+        if tensor:
+            single = double = clocks(layout, CONV_TENSOR)
         else:
-            rates = (plain_rates(CONV_PLAIN, layout, resident) for resident in (1, 2))
-            found.append((layout, clocks(layout, next(rates)), clocks(layout, next(rates))))
+            single, double = (clocks(layout, plain_rates(CONV_PLAIN, layout, resident)) for resident in (1, 2))
+        found.append((layout, single, double))
     return tuple(found)
 
 

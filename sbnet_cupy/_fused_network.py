@@ -65,13 +65,17 @@ class FusedBlocks:
             return math.inf
         return None if prefers_gathering(x.shape[3], is_whole(x)) else self.composed_clocks(x.itemsize)
 
+    @property
+    def stack_convs(self) -> list[StackConv]:
+        """The convolutions of stacks that the composed engine takes."""
+        pixels = [self.rows * math.prod(grid.bsize) for grid in stack_grids(self.layers, self.params)]
+        return list(map(StackConv, self.sizes, pixels, pixels[1:], (layer.strides for layer in self.layers)))
+
     def composed_clocks(self, itemsize: int) -> float:
         """How long the composed engine takes."""
         limits = _jit.device_limits(self.device)
-        pixels = [self.rows * math.prod(grid.bsize) for grid in stack_grids(self.layers, self.params)]
-        strides = [layer.strides for layer in self.layers]
-        convs = list(map(StackConv, self.sizes, pixels, pixels[1:], strides))
-        return composed_clocks(convs, itemsize, self.tf32 and limits.has_tensor_cores, limits.multiprocessors)
+        tf32 = self.tf32 and limits.has_tensor_cores
+        return composed_clocks(self.stack_convs, itemsize, tf32, limits.multiprocessors)
 
     def stack(self, step: int, dtype: np.dtype[Any]) -> Spec:
         """The stack of tiles that convolution number `step` puts out."""

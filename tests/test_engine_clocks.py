@@ -13,12 +13,13 @@ import cpu_cuda
 import numpy as np
 import pytest
 
+from bench import composed
 from bench.fit import H200, MHZ
+from bench.plan_kinds import Case
 from bench.stages import Network, networks
 from sbnet_cupy import _fused_network, _jit
 from sbnet_cupy._affine import IDENTITY
 from sbnet_cupy._composed_clocks import ConvSize, StackConv, composed_clocks
-from sbnet_cupy._conv_geometry import make_chain
 from sbnet_cupy._validate import Spec
 
 if cpu_cuda.why_unavailable() and not os.environ.get("CI"):
@@ -38,16 +39,8 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def blocks_of(network: Network, row: dict[str, Any]) -> tuple[_fused_network.FusedBlocks, Spec]:
     """The form of the call that a recorded row has timed, and its image."""
-    shapes = tuple(network.layers)
-    layers = make_chain(
-        (network.shape[1], network.shape[2]), [shape[:2] for shape in shapes], [(1, 1)] * len(shapes),
-        ["SAME"] * len(shapes),
-    )  # fmt: skip
-    rows, name = int(row["parameters"]["active_blocks"]), network.precision.name
-    blocks = _fused_network.FusedBlocks(
-        0, (12, 4), rows, 1, tuple(layers), network.params(row["parameters"]["bsize"]), shapes, name == "tf32"
-    )
-    return blocks, Spec.contiguous(network.shape, np.dtype("float16" if name == "float16" else "float32"), 0)
+    blocks = composed.blocks_of(Case(network, row["parameters"]["bsize"], int(row["parameters"]["active_blocks"])))
+    return blocks, Spec.contiguous(network.shape, np.dtype(network.precision.dtype), 0)
 
 
 def fused_clocks(network: Network, row: dict[str, Any]) -> float:
