@@ -96,7 +96,8 @@ NUMBERS = {
         *_numbers(_fused_conv_plan, "_PLAIN_CHUNK"),
     ],
     "wgmma": [
-        *_numbers(_fused_wgmma_plan, "_WAITS", "_CHUNK", "_PART", "_WEIGHTS", "_PRODUCT", "_COLUMN", "_WRITTEN"),
+        *_numbers(_fused_wgmma_plan, "_WAITS", "_CHUNK", "_PART", "_WEIGHTS", "_ROWS", "_READ", "_MULTIPLIED"),
+        *_numbers(_fused_wgmma_plan, "_WRITTEN", "_EXCHANGED"),
         *_numbers(_fused_wgmma_plan, "LAUNCH", parts=("takes", "hidden")),
         *_numbers(_fused_wgmma_plan, "_BROUGHT", parts=(2, 4)),
     ],

@@ -155,7 +155,7 @@ class Wgmma(OneLaunch):
         return _listed_clocks(plans, self.plans(case, limits), case.rows, limits, _fused_wgmma_plan.LAUNCH)
 
     def read(self, numbers: Iterator[int]) -> WgmmaPlan:
-        layout = GroupLayout(_pair(numbers), *itertools.islice(numbers, 3))
+        layout = GroupLayout(_pair(numbers), *itertools.islice(numbers, 4))
         return WgmmaPlan(layout, _pair(numbers), *numbers, Clocks(0, 0))
 
 

@@ -16,25 +16,34 @@ struct WgmmaShape {
     using Order = FeatureOrder<kTogether>;
     static constexpr int kTileH = Layout::kTileH, kTileW = Layout::kTileW, kStrideH = 1, kStrideW = 1;
     static constexpr int kWindowH = kTileH + kKernelH - 1, kWindowW = kTileW + kKernelW - 1, kChunk = kChunk_;
-    using Depth = PlaneDepth<kChunk, kKernelH, kKernelW>;
+    using Depth = PlaneDepth<kChunk, kKernelH, kKernelW, Layout::kDepth>;
     using Planes = PixelPlanes<kChunk, kWindowH, kWindowW>;
     static constexpr int kWindowBytes = Planes::kBytes + (Depth::kIsOdd ? Planes::kPieceStep : 0);
-    static constexpr int kRows = 2 * Depth::kSteps, kWeightBytes = kRows * Layout::kAllColumns * kPieceBytes;
+    static constexpr int kRows = Depth::kRows, kWeightBytes = kRows * Layout::kAllColumns * kPieceBytes;
     static constexpr int kParts = kParts_;
     static_assert(kParts <= Depth::kSteps, "a part has a step");
 };
 
-// Starts to copy the weights of some columns to shared memory: one part of the rows from number `first` on.
+// Starts to copy the weights of some columns to shared memory: one part of the rows from number `first` on, of each
+// share of the depth. In turns of all threads, whose number is known, so that nothing branches.
 template <typename Shape, typename Layout, int kPart>
 __device__ inline void start_weights(unsigned char* shared, const Conv& c, int first) {
-    constexpr int kBegin = 2 * Shape::Depth::part_begin(kPart, Shape::kParts) * Layout::kAllColumns;
-    constexpr int kEnd = 2 * Shape::Depth::part_begin(kPart + 1, Shape::kParts) * Layout::kAllColumns;
+    using Depth = typename Shape::Depth;
+    constexpr int kBegin = 2 * Depth::part_begin(kPart, Shape::kParts) * Layout::kAllColumns;
+    constexpr int kEnd = 2 * Depth::part_begin(kPart + 1, Shape::kParts) * Layout::kAllColumns;
     const int columns = (static_cast<int>(c.features) + kColumns - 1) / kColumns * kColumns;
     const StepWords* packed = c.weights + static_cast<int64>(first) * columns + blockIdx.y * Layout::kAllColumns;
-#pragma unroll 8
-    for (int k = kBegin + threadIdx.x; k < kEnd; k += kProductThreads) {
+    const auto copy = [&](int k) {
         const int row = k / Layout::kAllColumns, column = k % Layout::kAllColumns;
         copy_async<kPieceBytes>(shared + k * kPieceBytes, packed + (row * columns + column), true);
+    };
+    constexpr int kTurns = (kEnd - kBegin) / kProductThreads, kLeft = (kEnd - kBegin) % kProductThreads;
+#pragma unroll
+    for (int share = 0; share < Depth::kShares; ++share) {
+        const int begin = kBegin + share * 2 * Depth::kSteps * Layout::kAllColumns + static_cast<int>(threadIdx.x);
+#pragma unroll 8
+        for (int turn = 0; turn < kTurns; ++turn) copy(begin + turn * kProductThreads);
+        if (static_cast<int>(threadIdx.x) < kLeft) copy(begin + kTurns * kProductThreads);
     }
 }
 
@@ -53,13 +62,14 @@ __device__ inline void share_features(float* scales, float* shifts, const Conv& 
 template <typename T, typename Layout, typename Shape>
 struct SquareResults {
     // Of each 8 columns, a thread has two; those of so many are neighbouring features.
-    static constexpr int kM = Layout::kM, kN = Layout::kN, kTogether = kN < Shape::kTogether ? kN : Shape::kTogether;
+    static constexpr int kM = Layout::kM, kN = Layout::kN, kRows = Layout::kRows;
+    static constexpr int kTogether = kN < Shape::kTogether ? kN : Shape::kTogether;
     static constexpr int kLanes = 2 * kTogether, kRuns = kN / kTogether;
     static_assert(kN % kTogether == 0 && Shape::kTogether % kTogether == 0, "runs of features do not overlap");
 
     // Of a pixel; null if there is no such pixel.
-    T* to[kM][2];
-    bool inside[kM][2];  // of the image; else zeros are written, to a stack
+    T* to[kM][kRows];
+    bool inside[kM][kRows];  // of the image; else zeros are written, to a stack
     int features, first_column;
     float least;  // of a result
 
@@ -75,7 +85,7 @@ struct SquareResults {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
+            for (int r = 0; r < kRows; ++r) {
                 const int y = layout.y(m, r), x = layout.x(m);
                 inside[m][r] = target.contains(y, x);
                 const bool exists = y < tile.y.size && x < tile.x.size && (inside[m][r] || stack);
@@ -97,7 +107,7 @@ struct SquareResults {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
+            for (int r = 0; r < kRows; ++r) {
                 if (to[m][r] == nullptr) continue;
 #pragma unroll
                 for (int run = 0; run < kRuns; ++run) {
@@ -208,9 +218,11 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv 
             active = load_fresh(c.bin_counts);
             listed = TileNumbers(c, blockIdx.x, Freshly());
         }
-        if (exists) staging.start_window(0);
-        // Behind a window that comes through registers, weights need not wait for the list.
-        if (Staging::kRounds && is_first) staging.start_weights_of(0);
+        if (exists) {
+            staging.start_window(0);
+            // Behind a window that comes through registers, weights need not wait for the list.
+            if (Staging::kRounds) staging.start_weights_of(0);
+        }
         if (!is_first || listed == at) break;
         at = listed;
         wait_async();  // for what goes to the same places
@@ -251,6 +263,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) conv_wgmma(const Conv 
     }
     sums.hold();
     let_later_kernels_start();
+    sums.exchange(staging.memory + (kSeveral ? 2 : 1) * Staging::kBytes, layout);
     results.write(sums, target_scale + layout.column, target_shift + layout.column);
 }
 

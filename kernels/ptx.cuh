@@ -305,22 +305,26 @@ __device__ inline void multiply_matrices(float (&sum)[4], const unsigned int (&a
 #endif
 
 // Warpgroups: 128 threads whose products of 64 rows Hopper's tensor cores read from shared memory themselves. Where the
-// compiler targets something else (sm_90 without its "a" too), the plain twins compute the same.
+// compiler targets something else (sm_90 without its "a" too), the plain twins compute the same. They know places in
+// shared memory by numbers of pieces of 16 bytes: what comes from elsewhere, or is added there, is a multiple of them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SBNET_HAS_WARPGROUPS
-using SharedAddress = unsigned int;
-__device__ inline SharedAddress shared_address(const void* shared) {
-    return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
+using SharedPiece = unsigned int;
+__device__ inline SharedPiece shared_piece(const void* shared) {
+    return static_cast<SharedPiece>(__cvta_generic_to_shared(shared)) / 16;
 }
 #else
-using SharedAddress = const unsigned char*;
-__device__ inline SharedAddress shared_address(const void* shared) { return static_cast<SharedAddress>(shared); }
+struct FourWords {
+    unsigned int word[4];
+};
+using SharedPiece = const FourWords*;
+__device__ inline SharedPiece shared_piece(const void* shared) { return static_cast<SharedPiece>(shared); }
 #endif
 
-// A matrix whose rows are pieces of 16 bytes, two of which a product takes: 8 rows lie side by side, the next 8 are
-// `rows` bytes from them, and second pieces `pieces` bytes from first ones. All are multiples of 16.
+// A matrix whose rows are pieces, two of which a product takes: 8 rows lie side by side, the next 8 are `rows` pieces
+// from them, and second pieces `pieces` of them from first ones.
 struct SharedMatrix {
-    SharedAddress start;
+    SharedPiece start;
     int pieces, rows;
 };
 
@@ -372,9 +376,11 @@ template <typename T, int kN>
 __device__ inline void multiply_shared(float (&sums)[kN][4], const SharedMatrix& a, const SharedMatrix& b, bool adds);
 
 #if defined(SBNET_HAS_WARPGROUPS)
+// A sum, where it could be the bits of both: so only constants differ from a product to the next, between which there
+// are 4 instructions then, and were 10.
 __device__ inline unsigned long long describe(const SharedMatrix& matrix) {
-    return static_cast<unsigned long long>(matrix.rows / 16) << 32 | static_cast<unsigned int>(matrix.pieces / 16) << 16 |
-           matrix.start / 16;
+    const unsigned int low = matrix.start + (static_cast<unsigned int>(matrix.pieces) << 16);
+    return static_cast<unsigned long long>(matrix.rows) << 32 | low;
 }
 
 // The places of 4 * n sums in an instruction, and the sums themselves.
@@ -441,8 +447,7 @@ __device__ inline void multiply_shared(float (&sums)[kN][4], const SharedMatrix&
             const int row = warp * 16 + k / 2 * 8 + lane / 4, column = n * 8 + lane % 4 * 2 + k % 2;
             for (int word = 0; word < 8; ++word) {
                 const auto word_of = [&](const SharedMatrix& m, int line) {
-                    const SharedAddress piece = m.start + word / 4 * m.pieces + line / 8 * m.rows + line % 8 * 16;
-                    return reinterpret_cast<const unsigned int*>(piece)[word % 4];
+                    return m.start[word / 4 * m.pieces + line / 8 * m.rows + line % 8].word[word % 4];
                 };
                 for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
                     sums[n][k] += number_in(word_of(a, row), i, T{}) * number_in(word_of(b, column), i, T{});

@@ -1,5 +1,5 @@
 // Products of warpgroups: how windows and weights lie in shared memory for Hopper's tensor cores to read them there, and
-// how two warpgroups share the sums of a tile.
+// how two warpgroups share the work of a tile.
 #pragma once
 
 #include "window.cuh"
@@ -18,7 +18,8 @@ struct PixelPlanes {
     static constexpr int kW = kWidth, kPixels = kHeight * kWidth;
     static constexpr int kRow = kWidth * kPieceBytes;
     static constexpr int kShift = (kPieces + 7) / kPieces % 8;  // pieces; the banks hold 8
-    static constexpr int kPieceStep = ((kPixels - kShift + 7) / 8 * 8 + kShift) * kPieceBytes;  // from plane to plane
+    static constexpr int kPlane = (kPixels - kShift + 7) / 8 * 8 + kShift;  // pieces from plane to plane
+    static constexpr int kPieceStep = kPlane * kPieceBytes;
     static constexpr int kBytes = kPieces * kPieceStep;
 
     __device__ static int offset(int y, int x) { return y * kRow + x * kPieceBytes; }
@@ -26,29 +27,33 @@ struct PixelPlanes {
 };
 
 // How the warpgroups of a CTA share a tile of kSquaresH x kSquaresW squares: each takes kM of them and kN times 8 columns.
-// kGroupsM of them differ in their squares, the others in their columns.
-template <int kSquaresH, int kSquaresW, int kM_, int kN_, int kGroupsM>
+// kGroupsM of them differ in their squares; kDepth in the part of the depth that they sum over, and then each has the
+// sums of half of its rows in the end; the others in their columns.
+template <int kSquaresH, int kSquaresW, int kM_, int kN_, int kGroupsM, int kDepth_>
 struct Warpgroups {
-    static constexpr int kM = kM_, kN = kN_;
+    static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_;
     static constexpr int kTileH = kSquaresH * kSide, kTileW = kSquaresW * kSide;
-    static constexpr int kAllColumns = kN * kColumns * (kGroups / kGroupsM);
+    static constexpr int kAllColumns = kN * kColumns * (kGroups / (kGroupsM * kDepth));
+    static constexpr int kRows = 2 / kDepth;  // of a square, of which a thread has sums in the end
     static_assert(kM * kGroupsM == kSquaresH * kSquaresW, "each square belongs to a group");
+    static_assert(kGroups % (kGroupsM * kDepth) == 0, "each group has squares, columns and a depth");
 
-    int square, column;  // first ones of the calling group
+    int square, column, depth;  // first ones of the calling group, and its part of the depth
 
     // The group's number comes from one lane, for the compiler to know that its threads agree.
     __device__ Warpgroups() {
         const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
         square = group % kGroupsM * kM;
-        column = group / kGroupsM * kN * kColumns;
+        depth = group / kGroupsM % kDepth;
+        column = group / (kGroupsM * kDepth) * kN * kColumns;
     }
 
     // Pixel of the tile where square number m of the group begins.
     __device__ int top(int m) const { return (square + m) / kSquaresW * kSide; }
     __device__ int left(int m) const { return (square + m) % kSquaresW * kSide; }
 
-    // Pixel of sums 2 * r and 2 * r + 1 of square m.
-    __device__ int y(int m, int r) const { return top(m) + static_cast<int>(threadIdx.x) / kWarp % 4 * 2 + r; }
+    // Pixel of row r of the calling thread's sums, of square m.
+    __device__ int y(int m, int r) const { return top(m) + static_cast<int>(threadIdx.x) / kWarp % 4 * 2 + depth + r; }
     __device__ int x(int m) const { return left(m) + static_cast<int>(threadIdx.x) % kWarp / 4; }
 };
 
@@ -63,26 +68,30 @@ struct FeatureOrder {
 };
 
 // A product's depth in the order of weights that are packed for warpgroups (see _packing.py): kChunk pieces of a pixel,
-// each at all pixels under the kernel. A product takes two; where they are odd, the last one goes with zeros.
-template <int kChunk_, int kKernelH, int kKernelW_>
+// each at all pixels under the kernel. A product takes two; where they are odd, the last one goes with zeros. Groups
+// that share the depth have as many planes each, and steps at the same places from the first of them on.
+template <int kChunk_, int kKernelH, int kKernelW_, int kShares_>
 struct PlaneDepth {
-    static constexpr int kChunk = kChunk_, kKernelW = kKernelW_, kPositions = kKernelH * kKernelW_;
-    static constexpr int kPieces = kChunk * kPositions, kSteps = (kPieces + 1) / 2;
+    static constexpr int kKernelW = kKernelW_, kPositions = kKernelH * kKernelW_;
+    static constexpr int kShares = kShares_, kPlanes = kChunk_ / kShares;  // planes of a share
+    static constexpr int kPieces = kPlanes * kPositions, kSteps = (kPieces + 1) / 2;
+    static constexpr int kRows = kShares * 2 * kSteps;  // of the weights
     static constexpr bool kIsOdd = kPieces % 2 != 0;
+    static_assert(kShares == 1 || (kChunk_ % kShares == 0 && !kIsOdd), "shares are alike");
 
-    // The first step of one of several parts.
+    // The first step of one of several parts of a share.
     __host__ __device__ static constexpr int part_begin(int part, int parts) { return kSteps * part / parts; }
 
-    // From a pixel of the window to number k of what is multiplied with it. The plane of zeros follows the others.
+    // Pieces from a pixel of a share's first plane to number k of its depth. Zeros follow the last plane.
     template <typename Planes>
     __device__ static constexpr int offset(int k) {
         const int position = k % kPositions;
-        return k / kPositions * Planes::kPieceStep + position / kKernelW * Planes::kRow +
-               position % kKernelW * kPieceBytes;
+        return k / kPositions * Planes::kPlane + position / kKernelW * Planes::kW + position % kKernelW;
     }
 };
 
-// The sums of a group, which begin with the first product.
+// The sums of a group, which begin with the first product: of each square and each 8 columns, a thread has two of two
+// rows, one after the other.
 template <typename Layout>
 struct GroupSums {
     float at[Layout::kM][Layout::kN][4];
@@ -91,21 +100,49 @@ struct GroupSums {
 #pragma unroll
         for (int m = 0; m < Layout::kM; ++m) hold_sums(at[m]);
     }
-};
 
-// The product of a window of planes and of weights [rows, kAllColumns] of 16 bytes.
-template <typename T, typename Planes, typename Depth, typename Layout>
-struct GroupProduct {
-    static constexpr int kWeightStep = Layout::kAllColumns * kPieceBytes;
+    // Where two groups have summed over a half of the depth each: the first one gets the whole sums of its first row,
+    // the other one those of its second row, as their row 0. In shared memory, a thread has two sums of each four.
+    __device__ void exchange(unsigned char* shared, const Layout& layout) {
+        if constexpr (Layout::kDepth > 1) {
+            using Pair = Vec<float, 2>;
+            const bool is_first = layout.depth == 0;
+            const int thread = threadIdx.x;
+            for_each([&](float(&sums)[4], int k) {
+                const Pair given{{is_first ? sums[2] : sums[0], is_first ? sums[3] : sums[1]}};
+                store(shared, k * kProductThreads + thread, given);
+            });
+            __syncthreads();
+            const int other = thread ^ kGroupThreads;
+            for_each([&](float(&sums)[4], int k) {
+                const Pair got = load<Pair>(shared, k * kProductThreads + other);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) sums[i] = (is_first ? sums[i] : sums[2 + i]) + got.lane[i];
+            });
+        }
+    }
 
-    SharedAddress squares[Layout::kM], columns;
-
-    __device__ GroupProduct(const unsigned char* window, const unsigned char* weights, const Layout& layout)
-        : columns(shared_address(weights) + layout.column * kPieceBytes) {
+   private:
+    template <typename Visit>
+    __device__ void for_each(const Visit& visit) {
 #pragma unroll
         for (int m = 0; m < Layout::kM; ++m) {
-            squares[m] = shared_address(window) + Planes::offset(layout.top(m), layout.left(m));
+#pragma unroll
+            for (int n = 0; n < Layout::kN; ++n) visit(at[m][n], m * Layout::kN + n);
         }
+    }
+};
+
+// The product of a window of planes and of weights [rows, kAllColumns] of 16 bytes, or of a group's part of both.
+template <typename T, typename Planes, typename Depth, typename Layout>
+struct GroupProduct {
+    SharedPiece squares[Layout::kM], columns;
+
+    __device__ GroupProduct(const unsigned char* window, const unsigned char* weights, const Layout& layout)
+        : columns(shared_piece(weights) + layout.column + layout.depth * (2 * Depth::kSteps * Layout::kAllColumns)) {
+        const SharedPiece first = shared_piece(window) + layout.depth * (Depth::kPlanes * Planes::kPlane);
+#pragma unroll
+        for (int m = 0; m < Layout::kM; ++m) squares[m] = first + layout.top(m) * Planes::kW + layout.left(m);
     }
 
     // Starts to add steps [kBegin, kEnd) to all sums. Without `adds`, step 0 begins them.
@@ -117,9 +154,9 @@ struct GroupProduct {
             const int second = Depth::template offset<Planes>(2 * step + 1);
 #pragma unroll
             for (int m = 0; m < Layout::kM; ++m) {
-                multiply_shared<T, Layout::kN>(sums.at[m], {squares[m] + first, second - first, Planes::kRow},
-                                               {columns + 2 * step * kWeightStep, kWeightStep, kSide * kPieceBytes},
-                                               adds || step > 0);
+                multiply_shared<T, Layout::kN>(
+                    sums.at[m], {squares[m] + first, second - first, Planes::kW},
+                    {columns + 2 * step * Layout::kAllColumns, Layout::kAllColumns, kSide}, adds || step > 0);
             }
         }
     }

@@ -71,7 +71,12 @@ WGMMA_PLANS: dict[str, Pick] = {
     "wgmma-parts": lambda plans, chosen: max(plans, key=lambda plan: (plan.parts, plan.chunk)),
     "wgmma-chunks": lambda plans, chosen: max(plans, key=lambda plan: (plan.chunks, plan.parts)),
     "wgmma-squares": lambda plans, chosen: max(plans, key=lambda plan: (plan.layout.m, plan.layout.groups_m)),
-    "wgmma-columns": lambda plans, chosen: max(plans, key=lambda plan: (plan.splits, -plan.layout.groups_m)),
+    "wgmma-columns": lambda plans, chosen: max(
+        plans, key=lambda plan: (plan.splits, -plan.layout.groups_m, -plan.layout.depth)
+    ),
+    "wgmma-depth": lambda plans, chosen: max(
+        plans, key=lambda plan: (plan.layout.depth, plan.layout.m, plan.chunks, plan.parts)
+    ),
 }
 BOTTLENECK_PLANS: dict[str, Pick] = {
     "tiles": CONV_PLANS["tiles"],
@@ -434,6 +439,10 @@ CONVS = [
     conv(
         "wgmma-columns", "tf32", (9, 12), 20, 64, (1, 1), (1, 1), (8, 5), bias=True, plan="wgmma-columns", packed=False
     ),
+    conv(
+        "wgmma-depth", "tf32", (13, 17), 16, 20, (3, 3), (1, 1), (11, 13), bias=True, relu=True, plan="wgmma-depth"
+    ),
+    conv("wgmma-depth-halves", "bfloat16", (9, 11), 64, 32, (2, 2), (1, 1), (7, 8), target="out", plan="wgmma-depth"),
     conv(
         "wgmma-hostile", "float16", (9, 16), 8, 16, (3, 3), (1, 1), (3, 4), triples=HOSTILE, count=2**31 - 1,
         plan="wgmma",

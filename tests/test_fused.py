@@ -64,7 +64,7 @@ def test_random_geometry_on_a_gpu() -> None:
 #: Cases of each kernel, and of each way to share its work.
 ORDERED = (
     *("chunks-5x5", "split", "2x5", "layers-odd", "direct-in-place", "distant", "parts", "passes"),
-    *("wgmma", "wgmma-parts", "wgmma-chunks"),
+    *("wgmma", "wgmma-parts", "wgmma-chunks", "wgmma-depth", "wgmma-depth-halves"),
 )
 
 

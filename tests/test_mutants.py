@@ -103,6 +103,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
         "conv_wgmma": [
             *some(convs, "wgmma wgmma-ragged wgmma-parts wgmma-chunks wgmma-columns wgmma-counted wgmma-hostile"),
+            *some(convs, "wgmma-depth wgmma-depth-halves"),
             *some(bottlenecks, "layers-wgmma layers-wgmma-tf32"),
         ],
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
@@ -1654,6 +1655,14 @@ wgmma-weights-of-a-split: conv_wgmma.cu, conv_wgmma
 - static_cast<int64>(first) * columns + blockIdx.y * Layout::kAllColumns;
 + static_cast<int64>(first) * columns;
 
+wgmma-weights-of-a-share: conv_wgmma.cu, conv_wgmma
+- share < Depth::kShares;
++ share < 1;
+
+wgmma-last-weights: conv_wgmma.cu, conv_wgmma
+- if (static_cast<int>(threadIdx.x) < kLeft) copy(begin + kTurns * kProductThreads);
++
+
 wgmma-features: conv_wgmma.cu, conv_wgmma
 - if (feature < features) store(
 + store(
@@ -1675,24 +1684,48 @@ wgmma-relu: conv_wgmma.cu, conv_wgmma
 + least(0.0f)
 
 warpgroup-rows: warpgroup.cuh, conv_wgmma
-- kWarp % 4 * 2 + r; }
-+ kWarp % 4 + r * 4; }
+- kWarp % 4 * 2 + depth + r; }
++ kWarp % 4 + (depth + r) * 4; }
 
 warpgroup-squares: warpgroup.cuh, conv_wgmma
 - return (square + m) / kSquaresW * kSide;
 + return (square + m) % kSquaresW * kSide;
 
 warpgroup-columns: warpgroup.cuh, conv_wgmma
-- column = group / kGroupsM * kN * kColumns;
+- column = group / (kGroupsM * kDepth) * kN * kColumns;
 + column = 0;
+
+warpgroup-depth-of-the-window: warpgroup.cuh, conv_wgmma
+- shared_piece(window) + layout.depth * (Depth::kPlanes * Planes::kPlane);
++ shared_piece(window);
+
+warpgroup-depth-of-the-weights: warpgroup.cuh, conv_wgmma
+- layout.column + layout.depth * (2 * Depth::kSteps * Layout::kAllColumns)) {
++ layout.column) {
+
+warpgroup-depth-of-the-sums: warpgroup.cuh, conv_wgmma
+- kWarp % 4 * 2 + depth + r; }
++ kWarp % 4 * 2 + r; }
+
+exchange-of-a-row: warpgroup.cuh, conv_wgmma
+- const Pair given{{is_first ? sums[2] : sums[0], is_first ? sums[3] : sums[1]}};
++ const Pair given{{sums[0], sums[1]}};
+
+exchange-barrier: warpgroup.cuh, conv_wgmma
+- }); __syncthreads(); const int other
++ }); const int other
+
+exchange-with-the-other: warpgroup.cuh, conv_wgmma
+- const int other = thread ^ kGroupThreads;
++ const int other = thread;
 
 warpgroup-first-product: warpgroup.cuh, conv_wgmma
 - adds || step > 0);
 + true);
 
 warpgroup-positions: warpgroup.cuh, conv_wgmma
-- position / kKernelW * Planes::kRow + position % kKernelW * kPieceBytes;
-+ position % kKernelW * Planes::kRow + position / kKernelW * kPieceBytes;
+- position / kKernelW * Planes::kW + position % kKernelW;
++ position % kKernelW * Planes::kW + position / kKernelW;
 
 feature-order: warpgroup.cuh, conv_wgmma
 - place / 2 * (2 * kTogether) + 2 * n + place % 2;
