@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cuda.pathfinder import find_nvidia_binary_utility
 from cupy._core.core import assemble_cupy_compiler_options
 from cupy.cuda import nvrtc
 from cupy.cuda.compiler import CompileException, _NVRTCProgram
@@ -33,6 +36,23 @@ def compile_for(architecture: str, instances: Sequence[Instance], extra: str = "
 
     Raises `CompileException` with NVRTC's log.
     """
+    log, names, _ = _compile(architecture, instances, extra)
+    return [_parse(log, instance, names[instance.expression]) for instance in instances]
+
+
+def instructions_of(architecture: str, instance: Instance) -> list[str]:
+    """The machine's instructions of one kernel, in their order, without predicates."""
+    *_, cubin = _compile(architecture, [instance], "")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin + b"\0")  # CuPy leaves out the last byte, which the disassembler wants
+        file.flush()
+        command = [find_nvidia_binary_utility("nvdisasm"), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text)
+
+
+def _compile(architecture: str, instances: Sequence[Instance], extra: str) -> tuple[str, dict[str, str], bytes]:
+    """NVRTC's log, the names of the instances in it, and the machine code."""
     expressions = tuple(instance.expression for instance in instances)
     program = _NVRTCProgram(
         compile_text(instances[0].source) + extra, "sbnet_cupy.cu", name_expressions=expressions, method="cubin"
@@ -41,9 +61,8 @@ def compile_for(architecture: str, instances: Sequence[Instance], extra: str = "
     options = assemble_cupy_compiler_options((*compile_options(), *architecture_options(instances[0].source)))
     options += ("-ftz=true", "--device-as-default-execution-space")
     options += (f"-arch={architecture}", "--ptxas-options=-v")
-    _, names = program.compile(options)
-    log = nvrtc.getProgramLog(program.ptr)
-    return [_parse(log, instance, names[instance.expression]) for instance in instances]
+    cubin, names = program.compile(options)
+    return nvrtc.getProgramLog(program.ptr), names, cubin
 
 
 def _parse(log: str, instance: Instance, name: str) -> Resources:
@@ -58,4 +77,4 @@ def _parse(log: str, instance: Instance, name: str) -> Resources:
     )
 
 
-__all__ = ["ARCHITECTURES", "CompileException", "Resources", "compile_for"]
+__all__ = ["ARCHITECTURES", "CompileException", "Resources", "compile_for", "instructions_of"]

@@ -1,0 +1,83 @@
+"""How many instructions the compiler makes of kernels that run for microseconds. Needs no GPU.
+
+Such kernels take as long as their instructions: twice, some hundred more went unnoticed until times showed them. Bounds
+are 7 to 10 % above what CUDA 13.5 makes of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("cupy")
+
+from cuda.pathfinder import find_nvidia_binary_utility
+from cupy.cuda import nvrtc
+from nvrtc import instructions_of
+
+from sbnet_cupy._instances import Instance
+
+
+class Bounds(NamedTuple):
+    """Instructions of a kernel, at most."""
+
+    instance: Instance
+    #: In all, and behind the last product.
+    total: int
+    results: int
+    #: From a product to the next one. Those of warps load matrices in between.
+    step: int | None = None
+
+
+def conv(layout: str, shape: str) -> Instance:
+    form = "sbnet::ConvForm<true, true, false, false, false>"
+    return Instance(
+        "conv.cu",
+        f"sbnet::conv<sbnet::TensorCores<__half>, sbnet::Warps<{layout}>, sbnet::ConvShape<{shape}>, {form}, 1>",
+    )
+
+
+def conv_wgmma(number: str, groups: str, shape: str) -> Instance:
+    layout = f"sbnet::Warpgroups<{groups}>"
+    return Instance(
+        "conv_wgmma.cu", f"sbnet::conv_wgmma<{number}, {layout}, sbnet::WgmmaShape<{layout}, {shape}>, false, 1>"
+    )
+
+
+def bottleneck(number: str, numbers: str, layouts: tuple[str, str, str], how: str) -> Instance:
+    warps = ", ".join(f"sbnet::Warps<{layout}>" for layout in layouts)
+    return Instance("bottleneck.cu", f"sbnet::bottleneck<sbnet::TensorCores<{number}>, {numbers}, {warps}, {how}>")
+
+
+#: What the networks of the benchmark launch where 90 % of the image is not active, on an H200.
+KERNELS = {
+    "conv 400x700x24 float16": Bounds(conv("2, 3, 8, 1", "16, 16, 3, 3, 1, 1, 3"), 1050, 345),
+    "conv 200x350x48 tf32": Bounds(conv_wgmma("float", "1, 1, 1, 6, 1, 2", "3, 3, 12, 1, 1"), 1260, 220, 5),
+    "conv 200x350x48 float16": Bounds(conv_wgmma("__half", "1, 1, 1, 3, 1, 1", "3, 3, 6, 1, 1"), 880, 162, 5),
+    "bottleneck 400x700x96/24 float16": Bounds(
+        bottleneck("__half", "96, 24, 16, 16, 3, 3, 12, 3, 3", ("3, 3, 8, 1", "2, 3, 8, 1", "2, 4, 8, 1"), "7, 1, 1"),
+        1900,
+        300,
+    ),
+    "bottleneck 200x350x192/48 tf32": Bounds(
+        bottleneck("float", "192, 48, 8, 8, 3, 3, 48, 12, 12", ("1, 6, 8, 1", "4, 3, 1, 2", "2, 3, 2, 4"), "0, 1, 1"),
+        2080,
+        315,
+    ),
+}
+
+
+@pytest.mark.skipif(nvrtc.getVersion() < (13, 0), reason="bounds are of the compiler of CUDA 13")
+@pytest.mark.skipif(find_nvidia_binary_utility("nvdisasm") is None, reason="no nvdisasm, which the test extra brings")
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_more_instructions(name: str) -> None:
+    bounds = KERNELS[name]
+    found = instructions_of("sm_90", bounds.instance)
+    products = [k for k, instruction in enumerate(found) if instruction.startswith(("HMMA", "HGMMA"))]
+    steps = [after - before for before, after in itertools.pairwise(products)]
+    print(f"{name}: {len(found)} instructions, {len(found) - products[-1]} behind {len(products)} products")
+    assert len(found) <= bounds.total
+    assert len(found) - products[-1] <= bounds.results
+    assert bounds.step is None or max(steps) <= bounds.step
