@@ -7,8 +7,9 @@ are 7 to 10 % above what CUDA 13.5 makes of them.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 pytest.importorskip("cupy")
@@ -17,7 +18,9 @@ from cuda.pathfinder import find_nvidia_binary_utility
 from cupy.cuda import nvrtc
 from nvrtc import instructions_of
 
-from sbnet_cupy._instances import Instance
+from sbnet_cupy._fused_wgmma_plan import GroupLayout
+from sbnet_cupy._instances import Instance, bottleneck_instance, conv_instance, products_of, wgmma_instance
+from sbnet_cupy._warps import WarpLayout
 
 
 class Bounds(NamedTuple):
@@ -31,38 +34,54 @@ class Bounds(NamedTuple):
     step: int | None = None
 
 
-def conv(layout: str, shape: str) -> Instance:
-    form = "sbnet::ConvForm<true, true, false, false, false>"
-    return Instance(
-        "conv.cu",
-        f"sbnet::conv<sbnet::TensorCores<__half>, sbnet::Warps<{layout}>, sbnet::ConvShape<{shape}>, {form}, 1>",
-    )
+HALF, FLOAT = np.dtype(np.float16), np.dtype(np.float32)
 
 
-def conv_wgmma(number: str, groups: str, shape: str) -> Instance:
-    layout = f"sbnet::Warpgroups<{groups}>"
-    return Instance(
-        "conv_wgmma.cu", f"sbnet::conv_wgmma<{number}, {layout}, sbnet::WgmmaShape<{layout}, {shape}>, false, 1>"
-    )
+def conv_wgmma(dtype: np.dtype[Any], layout: GroupLayout, shape: tuple[int, ...]) -> Instance:
+    return wgmma_instance(dtype, layout.expression, shape, several=False, resident=1)
 
 
-def bottleneck(number: str, numbers: str, layouts: tuple[str, str, str], how: str) -> Instance:
-    warps = ", ".join(f"sbnet::Warps<{layout}>" for layout in layouts)
-    return Instance("bottleneck.cu", f"sbnet::bottleneck<sbnet::TensorCores<{number}>, {numbers}, {warps}, {how}>")
+def bottleneck(dtype: np.dtype[Any], numbers: tuple[int, ...], layouts: list[WarpLayout], near: int) -> Instance:
+    first, second, third = (layout.expression for layout in layouts)
+    return bottleneck_instance(products_of(dtype, True), numbers, (first, second, third), near, parts=1, resident=1)
 
 
 #: What the networks of the benchmark launch where 90 % of the image is not active, on an H200.
 KERNELS = {
-    "conv 400x700x24 float16": Bounds(conv("2, 3, 8, 1", "16, 16, 3, 3, 1, 1, 3"), 1050, 345),
-    "conv 200x350x48 tf32": Bounds(conv_wgmma("float", "1, 1, 1, 6, 1, 2", "3, 3, 12, 1, 1"), 1260, 220, 5),
-    "conv 200x350x48 float16": Bounds(conv_wgmma("__half", "1, 1, 1, 3, 1, 1", "3, 3, 6, 1, 1"), 880, 162, 5),
+    "conv 400x700x24 float16": Bounds(
+        conv_instance(
+            products_of(HALF, True),
+            WarpLayout(2, 3, 8, 1).expression,
+            (16, 16, 3, 3, 1, 1, 3),
+            (True, True, False, False, False),
+            resident=1,
+        ),
+        1050,
+        345,
+    ),
+    "conv 200x350x48 tf32": Bounds(
+        conv_wgmma(FLOAT, GroupLayout((1, 1), 1, 6, groups_m=1, depth=2), (3, 3, 12, 1, 1)), 1260, 220, 5
+    ),
+    "conv 200x350x48 float16": Bounds(
+        conv_wgmma(HALF, GroupLayout((1, 1), 1, 3, groups_m=1, depth=1), (3, 3, 6, 1, 1)), 880, 162, 5
+    ),
     "bottleneck 400x700x96/24 float16": Bounds(
-        bottleneck("__half", "96, 24, 16, 16, 3, 3, 12, 3, 3", ("3, 3, 8, 1", "2, 3, 8, 1", "2, 4, 8, 1"), "7, 1, 1"),
+        bottleneck(
+            HALF,
+            (96, 24, 16, 16, 3, 3, 12, 3, 3),
+            [WarpLayout(3, 3, 8, 1), WarpLayout(2, 3, 8, 1), WarpLayout(2, 4, 8, 1)],
+            near=7,
+        ),
         1900,
         300,
     ),
     "bottleneck 200x350x192/48 tf32": Bounds(
-        bottleneck("float", "192, 48, 8, 8, 3, 3, 48, 12, 12", ("1, 6, 8, 1", "4, 3, 1, 2", "2, 3, 2, 4"), "0, 1, 1"),
+        bottleneck(
+            FLOAT,
+            (192, 48, 8, 8, 3, 3, 48, 12, 12),
+            [WarpLayout(1, 6, 8, 1), WarpLayout(4, 3, 1, 2), WarpLayout(2, 3, 2, 4)],
+            near=0,
+        ),
         2080,
         315,
     ),
