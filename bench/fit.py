@@ -22,6 +22,7 @@ from sbnet_cupy import (
     _fused_bottleneck_products,
     _fused_clocks,
     _fused_conv_plan,
+    _fused_wgmma_bottleneck_plan,
     _fused_wgmma_plan,
 )
 from sbnet_cupy._fused_plan import DeviceLimits
@@ -77,6 +78,7 @@ MODULES = (
     _fused_wgmma_plan,
     _fused_bottleneck_products,
     _fused_bottleneck_plan,
+    _fused_wgmma_bottleneck_plan,
 )
 
 
@@ -109,6 +111,10 @@ NUMBERS = {
         ),
         *_numbers(_fused_bottleneck_products, "IMAGES", "_ACTIVATION", "_COPIES", "_SECOND_EXCHANGE"),
         *_numbers(_fused_bottleneck_plan, "_WAITS"),
+    ],
+    "wgmma-bottleneck": [
+        *_numbers(_fused_wgmma_bottleneck_plan, "_WAITS", "_WEIGHTS", "_WRITTEN"),
+        *_numbers(_fused_wgmma_bottleneck_plan, "_BROUGHT", parts=(2, 4)),
     ],
     "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),
     "layers-float32": [],  # all of them are those of "conv-float32"

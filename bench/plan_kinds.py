@@ -19,6 +19,7 @@ from sbnet_cupy._fused_bottleneck_plan import (
     SCATTER,
     BottleneckPlan,
     BottleneckProblem,
+    WholePlan,
     bottleneck_clocks,
     bottleneck_plans,
     tile_clocks,
@@ -26,6 +27,7 @@ from sbnet_cupy._fused_bottleneck_plan import (
 from sbnet_cupy._fused_clocks import Clocks, LaunchClocks
 from sbnet_cupy._fused_conv_plan import ConvPlan, ConvProblem, conv_plans
 from sbnet_cupy._fused_plan import DeviceLimits, Pair, are_enough, launch_clocks
+from sbnet_cupy._fused_wgmma_bottleneck_plan import WgmmaBottleneckPlan, wgmma_bottleneck_plans
 from sbnet_cupy._fused_wgmma_plan import GroupLayout, WgmmaPlan, wgmma_plans
 from sbnet_cupy._packing import packing_of
 from sbnet_cupy._warps import WarpLayout
@@ -155,8 +157,7 @@ class Wgmma(OneLaunch):
         return _listed_clocks(plans, self.plans(case, limits), case.rows, limits, _fused_wgmma_plan.LAUNCH)
 
     def read(self, numbers: Iterator[int]) -> WgmmaPlan:
-        layout = GroupLayout(_pair(numbers), *itertools.islice(numbers, 4))
-        return WgmmaPlan(layout, _pair(numbers), *numbers, Clocks(0, 0))
+        return WgmmaPlan(_groups(numbers), _pair(numbers), *numbers, Clocks(0, 0))
 
 
 class Bottleneck(OneLaunch):
@@ -169,16 +170,33 @@ class Bottleneck(OneLaunch):
 
     def clocks(self, plans: Sequence[BottleneckPlan], case: Case, limits: DeviceLimits) -> list[float]:
         # The model lists only the best layouts, by its own numbers: so these are asked for by name.
-        problem, image, found = case.bottleneck, case.network.shape[1:3], []
-        for plan in plans:
-            plan = plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, plan.resident, problem))
-            stack = case.rows * plan.ctas > plan.resident * limits.multiprocessors  # in place, all run at once
-            found.append(bottleneck_clocks(plan, problem, case.rows, image, limits) + (SCATTER if stack else 0))
-        return found
+        problem = case.bottleneck
+        timed = (
+            plan._replace(clocks=tile_clocks(plan.tile, plan.layouts, plan.near, plan.resident, problem))
+            for plan in plans
+        )
+        return [_whole_clocks(plan, case, limits) for plan in timed]
 
     def read(self, numbers: Iterator[int]) -> BottleneckPlan:
         tile, tiles, layouts = _pair(numbers), _pair(numbers), (_warps(numbers), _warps(numbers), _warps(numbers))
         return BottleneckPlan(tile, tiles, layouts, *numbers, Clocks(0, 0))
+
+
+class WgmmaBottleneck(OneLaunch):
+    """The bottleneck by warpgroups, in one launch."""
+
+    network, planner = "bottleneck", "plan_wgmma_bottleneck"
+
+    def plans(self, case: Case, limits: DeviceLimits) -> Iterable[WgmmaBottleneckPlan]:
+        return wgmma_bottleneck_plans(case.bottleneck, limits)
+
+    def clocks(self, plans: Sequence[WgmmaBottleneckPlan], case: Case, limits: DeviceLimits) -> list[float]:
+        listed = {numbers_of(plan): plan for plan in self.plans(case, limits)}
+        return [_whole_clocks(listed[numbers_of(plan)], case, limits) for plan in plans]
+
+    def read(self, numbers: Iterator[int]) -> WgmmaBottleneckPlan:
+        layouts = _groups(numbers), _groups(numbers)
+        return WgmmaBottleneckPlan(layouts, _pair(numbers), *numbers, Clocks(0, 0))
 
 
 Layers = tuple[ConvPlan, ConvPlan, ConvPlan]
@@ -221,9 +239,16 @@ KINDS: dict[str, Kind] = {
     "wgmma": Wgmma(("tf32", "float16")),
     "bottleneck": Bottleneck(("tf32", "float16")),
     "bottleneck-float32": Bottleneck(("float32",)),
+    "wgmma-bottleneck": WgmmaBottleneck(("tf32", "float16")),
     "layers": LayersOfBottleneck(("tf32", "float16")),
     "layers-float32": LayersOfBottleneck(("float32",)),
 }
+
+
+def _whole_clocks(plan: WholePlan, case: Case, limits: DeviceLimits) -> float:
+    """Of a bottleneck in one launch: to a stack, where its CTAs are too many to run all at once, in place."""
+    clocks = bottleneck_clocks(plan, case.bottleneck, case.rows, case.network.shape[1:3], limits)
+    return clocks + (SCATTER if case.rows * plan.ctas > plan.resident * limits.multiprocessors else 0)
 
 
 def _conv_clocks(plans: Sequence[ConvPlan], problem: ConvProblem, rows: int, limits: DeviceLimits) -> list[float]:
@@ -264,3 +289,7 @@ def _pair(numbers: Iterator[int]) -> Pair:
 
 def _warps(numbers: Iterator[int]) -> WarpLayout:
     return WarpLayout(*itertools.islice(numbers, 4))
+
+
+def _groups(numbers: Iterator[int]) -> GroupLayout:
+    return GroupLayout(_pair(numbers), *itertools.islice(numbers, 4))

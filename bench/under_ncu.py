@@ -74,7 +74,9 @@ NETWORKS = [
 
 
 #: A case ends with one of these kernels; before it come those that prepare for it.
-LAST_KERNEL = re.compile(r"\b(gather|gather_tiled|scatter|scatter_tiled|compact_active|conv|conv_wgmma|bottleneck)\b")
+LAST_KERNEL = re.compile(
+    r"\b(gather|gather_tiled|scatter|scatter_tiled|compact_active|conv|conv_wgmma|bottleneck|bottleneck_wgmma)\b"
+)
 
 
 def run_cases() -> None:

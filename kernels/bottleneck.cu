@@ -11,51 +11,9 @@
 // In place, a CTA must not write what is the halo of another that has not read it. All CTAs therefore run at the same
 // time (the host launches no more than fit, as a cooperative grid), count themselves when their window is there, and
 // write only when all have. The count is long complete by then: most of a CTA's work lies between.
-#include "transfer.cuh"
-#include "window.cuh"
+#include "bottleneck.cuh"
 
 namespace sbnet {
-
-// One axis. Block k of the output begins at pixel `k * size`, for 0 <= k < count.
-struct BottleneckAxis {
-    int64 count, size;
-    int64 extent;  // pixels of the image
-    int64 pad;     // of the second convolution, before the image
-};
-
-// Argument of bottleneck. Mirrored, field by field, by _fused.py. Strides are in numbers.
-struct Bottleneck {
-    const void* source;              // [batch, H, W, C]
-    void* target;                    // the same, perhaps the source itself; or a stack of output tiles [rows, h, w, C]
-    const StepWords* weights[3];     // packed
-    const int* indices;              // [rows, 3]
-    const int* bin_counts;           // [1]
-    const float* channels;           // scale1, shift1 [C], scale2, shift2, scale3, shift3 [B], aligned to 16 bytes
-    unsigned int* meeting;           // in place: CTAs that have read their window, CTAs that know it of all; else null
-    int64 source_strides[3];         // channels lie side by side
-    int64 target_strides[3];
-    int64 index_strides[2];
-    int64 rows, batch;
-    BottleneckAxis height, width;
-    int64 tiles;                     // of a block
-    Divisor by_tiles, by_tiles_w;
-    int64 tiles_w;
-    int64 activates;                 // whether the first step is to be done
-    int64 target_is_stack;
-};
-
-// The part of an axis of a tile that lies in the image; its size may be negative.
-__device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, int tile, int tile_size) {
-    Span span(static_cast<int>(block) * static_cast<int>(axis.size), axis.size, tile, tile_size);
-    const int in_image = static_cast<int>(axis.extent) - span.first;
-    if (in_image < span.size) span.size = in_image;
-    return span;
-}
-
-// Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
-__device__ inline void leave(const Bottleneck& b, int64 tiles) {
-    if (atomicAdd(b.meeting + 1, 1u) == static_cast<unsigned int>(tiles) - 1) b.meeting[0] = b.meeting[1] = 0;
-}
 
 // Where the weights of a product come from: shared memory (kNear), or each warp's own on their way, at least two steps
 // ahead.
@@ -206,7 +164,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     const auto offsets3 = pieces_of<TileRows, Depth3>(list3);
     wait_for_earlier_kernels();
 
-    const TileNumbers tile(b, blockIdx.x);
+    const TileNumbers at(b, blockIdx.x);
     const int64 active = *b.bin_counts;
     // While the indices are on their way: what does not depend on them.
     using Activated = ActivatedRows<T, kPiecesC, kSteps1, Products::kRounds>;
@@ -220,27 +178,18 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     Weights1 weights1(kNear1 ? near1 : b.weights[0], 0, kPartSteps);
 
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    const bool exists = tile.exist(b);  // else there are no coordinates, which might leave 32 bits
-    const Span y = span_of(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
-    const Span x = span_of(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
+    using Tile = BottleneckTile<kTileH, kTileW, kHaloH, kHaloW>;
+    const Tile tile(b, at);
     // One branch for all of it: the compiler puts a load off until the first branch that needs it.
     const bool is_listed = blockIdx.x < tiles;
-    if (!(is_listed & exists & (y.size > 0) & (x.size > 0))) {
+    if (!(is_listed & tile.exists)) {
         if (is_listed && b.meeting != nullptr && threadIdx.x == 0) {
             arrive(b.meeting);
             leave(b, tiles);
         }
         return;
     }
-    const int top = y.first - static_cast<int>(b.height.pad), left = x.first - static_cast<int>(b.width.pad);
-    Window window;
-    window.row_stride = static_cast<int>(b.source_strides[1]);
-    window.column_stride = static_cast<int>(b.source_strides[2]);
-    window.channel_stride = 1;
-    window.origin = static_cast<int64>(tile.image) * b.source_strides[0] +
-                    static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
-    inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
-    inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
+    const Window& window = tile.window;
 
     constexpr int kMost = kMostBytes * kParts / WindowRows::kBytes;
     constexpr int kAtOnce = kMost < 1 ? 1 : kMost < kParts ? kMost : kParts;
@@ -295,12 +244,9 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
     __syncthreads();
 
-    const bool stack = b.target_is_stack != 0;
-    T* const target = static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
-                      static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
-                      static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
+    T* const target = tile.template target<T>(b, at);
     const WarpResults<T, Layout3, WindowRows, kTileH, kTileW> results(
-        window_pixels + WindowRows::offset(y.first - top, x.first - left), y.size, x.size,
+        window_pixels + WindowRows::offset(static_cast<int>(b.height.pad), static_cast<int>(b.width.pad)), tile.y.size, tile.x.size,
         static_cast<int>(b.target_strides[1]), static_cast<int>(b.target_strides[2]));
     // Asked for early by one thread: the answer takes a while, and nearly always is yes.
     bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));

@@ -358,6 +358,13 @@ __device__ inline void hold(T*& pointer) {
     __builtin_assume(__isGlobal(pointer));  // it no longer sees where the pointer comes from
 #endif
 }
+// The same for a number.
+__device__ inline void hold(int& number) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(number));
+#endif
+}
+
 // Keeps the compiler from using sums earlier.
 template <int kN>
 __device__ inline void hold_sums(float (&sums)[kN][4]) {
@@ -468,6 +475,58 @@ __device__ inline float round_tf32(float a) {
     const unsigned int bits = static_cast<unsigned int>(__float_as_int(a));
     const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
     return is_finite ? __int_as_float(static_cast<int>((bits + 0x1000u) & 0xffffe000u)) : a;
+#endif
+}
+
+// Copies that Hopper's copy engine makes by itself, of many bytes at once: one thread starts them, and waits for all of a
+// gate, which is a word in shared memory. Others see what was copied behind a barrier after that. Addresses and sizes are
+// multiples of 16 bytes.
+using CopyGate = unsigned long long;
+
+// Of that thread, before it copies; then show_to_warpgroups, for the engine to find the gates so. A gate serves once.
+__device__ inline void make_gate(CopyGate* gate) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned int place = static_cast<unsigned int>(__cvta_generic_to_shared(gate));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(place) : "memory");
+#endif
+}
+
+// How many bytes go through a gate, in all. Said once, before they are copied.
+__device__ inline void expect_bytes(CopyGate* gate, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned int place = static_cast<unsigned int>(__cvta_generic_to_shared(gate));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ inline void copy_through(CopyGate* gate, void* shared, const void* global, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned int place = static_cast<unsigned int>(__cvta_generic_to_shared(gate));
+    const unsigned int target = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+                 "l"(global), "r"(bytes), "r"(place)
+                 : "memory");
+#elif !defined(__CUDA_ARCH__)
+    for (int k = 0; k < bytes; k += 16) {
+        __pipeline_memcpy_async(static_cast<unsigned char*>(shared) + k, static_cast<const unsigned char*>(global) + k, 16);
+    }
+#endif
+}
+
+// The twin waits for all copies, of other gates too.
+__device__ inline void wait_at(const CopyGate* gate) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned int place = static_cast<unsigned int>(__cvta_generic_to_shared(gate));
+    unsigned int passed = 0;
+    while (passed == 0) {
+        asm volatile(
+            "{.reg .pred passed; mbarrier.try_wait.parity.shared::cta.b64 passed, [%1], 0; selp.u32 %0, 1, 0, passed;}"
+            : "=r"(passed)
+            : "r"(place)
+            : "memory");
+    }
+#elif !defined(__CUDA_ARCH__)
+    wait_async();
 #endif
 }
 

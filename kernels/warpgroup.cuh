@@ -26,6 +26,22 @@ struct PixelPlanes {
     __device__ static int offset(int pixel) { return pixel * kPieceBytes; }
 };
 
+// How they lie to be read and written by threads of 4 lanes a pixel, with kRun pieces of it side by side: pixels are as far
+// apart, counted around the banks.
+template <int kPieces, int kHeight, int kWidth, int kRun>
+struct SpacedPixels {
+    static constexpr int kW = kWidth, kPixels = kHeight * kWidth;
+    static constexpr int kPieceStep = kPieceBytes;
+    static constexpr int kPitch = (kPieces + (kRun + 8 - kPieces % 8) % 8) * kPieceBytes;
+    static constexpr int kBytes = kPixels * kPitch;
+
+    __device__ static int offset(int y, int x) { return offset(y * kWidth + x); }
+    __device__ static int offset(int pixel) { return pixel * kPitch; }
+};
+
+// The calling warpgroup's number. From one lane, for the compiler to know that its threads agree.
+__device__ inline int group_number() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0); }
+
 // How the warpgroups of a CTA share a tile of kSquaresH x kSquaresW squares: each takes kM of them and kN times 8 columns.
 // kGroupsM of them differ in their squares; kDepth in the part of the depth that they sum over, and then each has the
 // sums of half of its rows in the end; the others in their columns.
@@ -40,9 +56,8 @@ struct Warpgroups {
 
     int square, column, depth;  // first ones of the calling group, and its part of the depth
 
-    // The group's number comes from one lane, for the compiler to know that its threads agree.
     __device__ Warpgroups() {
-        const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+        const int group = group_number();
         square = group % kGroupsM * kM;
         depth = group / kGroupsM % kDepth;
         column = group / (kGroupsM * kDepth) * kN * kColumns;
@@ -134,12 +149,12 @@ struct GroupSums {
 };
 
 // The product of a window of planes and of weights [rows, kAllColumns] of 16 bytes, or of a group's part of both.
-template <typename T, typename Planes, typename Depth, typename Layout>
+template <typename T, typename Planes, typename Depth, typename Layout, int kRowColumns = Layout::kAllColumns>
 struct GroupProduct {
     SharedPiece squares[Layout::kM], columns;
 
     __device__ GroupProduct(const unsigned char* window, const unsigned char* weights, const Layout& layout)
-        : columns(shared_piece(weights) + layout.column + layout.depth * (2 * Depth::kSteps * Layout::kAllColumns)) {
+        : columns(shared_piece(weights) + layout.column + layout.depth * (2 * Depth::kSteps * kRowColumns)) {
         const SharedPiece first = shared_piece(window) + layout.depth * (Depth::kPlanes * Planes::kPlane);
 #pragma unroll
         for (int m = 0; m < Layout::kM; ++m) squares[m] = first + layout.top(m) * Planes::kW + layout.left(m);
@@ -156,7 +171,7 @@ struct GroupProduct {
             for (int m = 0; m < Layout::kM; ++m) {
                 multiply_shared<T, Layout::kN>(
                     sums.at[m], {squares[m] + first, second - first, Planes::kW},
-                    {columns + 2 * step * Layout::kAllColumns, Layout::kAllColumns, kSide}, adds || step > 0);
+                    {columns + 2 * step * kRowColumns, kRowColumns, kSide}, adds || step > 0);
             }
         }
     }

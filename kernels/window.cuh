@@ -68,6 +68,8 @@ struct Span {
     int within;  // the same in its block
     int size;
 
+    Span() = default;
+
     // Of the block from pixel `block` on.
     __device__ Span(int block, int64 block_size, int tile, int tile_size) {
         within = tile * tile_size;
@@ -107,7 +109,7 @@ struct ChannelAffine {
     Vec<float, kAtOnce> scale[kLanes / kAtOnce], shift[kLanes / kAtOnce];
     bool has_relu;
 
-    // Arrays in shared memory, of a float for each channel.
+    // Arrays of a float for each channel.
     __device__ ChannelAffine(const float* scales, const float* shifts, bool relu, int channel) : has_relu(relu) {
 #pragma unroll
         for (int i = 0; i < kLanes / kAtOnce; ++i) {
@@ -331,6 +333,49 @@ struct SharedWindow {
             uint4 bits{};
             if (inside) bits = load_fresh(word_at<uint4>(source + window.offset(y, x), 0));
             store(&numbers.at[turn], 0, bits);
+        }
+    }
+
+    // The same in two steps, for a tensor whose pixels outside are of no interest: what does not depend on where the window
+    // lies comes first, and no load waits for a condition.
+    struct Offsets {
+        int at[kTurns];
+    };
+    __device__ static void find_offsets(Offsets& offsets, int row_stride, int column_stride) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = pixel(turn) < kPixels ? pixel(turn) : kPixels - 1;
+            offsets.at[turn] = at / kWidth * row_stride + at % kWidth * column_stride + piece() * kPiece<T>;
+            hold(offsets.at[turn]);
+        }
+    }
+    // In place of pixels outside come those at offset `other`.
+    __device__ static void fetch(Numbers& numbers, const Offsets& offsets, const Window& window, const T* tensor, int other) {
+        const T* const source = tensor + window.origin;
+        if (window.contains(0, 0) && window.contains(kPixels / kWidth - 1, kWidth - 1)) {
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) {
+                numbers.at[turn] = load<Vec<T, kPiece<T>>>(source + offsets.at[turn], 0);
+            }
+        } else {
+            other += piece() * kPiece<T>;
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) {
+                const bool inside = window.contains(pixel(turn) / kWidth, pixel(turn) % kWidth);
+                numbers.at[turn] = load<Vec<T, kPiece<T>>>(source + (inside ? offsets.at[turn] : other), 0);
+            }
+        }
+    }
+
+    // Calls visit(turn, pixel) for each pixel of the thread, with no more branches than it takes.
+    template <typename Visit>
+    __device__ static void for_pixels(const Visit& visit) {
+        const int first = static_cast<int>(threadIdx.x) / kPieces;
+        if (first >= kStep) return;
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = first + turn * kStep;
+            if ((turn + 1) * kStep <= kPixels || at < kPixels) visit(turn, at);
         }
     }
 

@@ -1,4 +1,4 @@
-"""Host side of pack.cu, conv.cu and bottleneck.cu: fills in their arguments and launches them."""
+"""Host side of pack.cu, conv*.cu and bottleneck*.cu: fills in their arguments and launches them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ._affine import IDENTITY, Affine
 from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, plan_bottleneck
 from ._fused_conv_plan import ConvPlan, ConvProblem, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
-from ._fused_plan import DeviceLimits
+from ._fused_plan import DeviceLimits, Pair
+from ._fused_wgmma_bottleneck_plan import WgmmaBottleneckPlan, plan_wgmma_bottleneck
 from ._fused_wgmma_plan import WgmmaPlan, plan_wgmma
 from ._instances import (
     Instance,
@@ -23,6 +24,7 @@ from ._instances import (
     conv_instance,
     pack_instance,
     products_of,
+    wgmma_bottleneck_instance,
     wgmma_instance,
 )
 from ._launch import Dim3, Template
@@ -85,9 +87,9 @@ class Ready(NamedTuple):
     launch: Launch | None
     #: How long it takes, by the model, with what must follow it.
     clocks: float = 0
-    #: In which order a convolution takes its weights, and how many bytes of others come before them.
+    #: In which order it takes its weights, and how many bytes of others come before them, for each convolution.
     order: Order = Order.WARPS
-    skipped: int = 0
+    skipped: tuple[int, ...] = (0, 0, 0)
 
 
 def convolve(
@@ -108,7 +110,7 @@ def convolve(
             source.data.ptr,
             target.data.ptr,
             0 if residual is None else residual.data.ptr,
-            w.words.data.ptr + ready.skipped,
+            w.words.data.ptr + ready.skipped[0],
             indices.data.ptr,
             bin_counts.data.ptr,
             *before.addresses,
@@ -162,7 +164,7 @@ def _ready_wgmma(call: ConvCall, plan: WgmmaPlan, clocks: float) -> Ready:
     shape = (*call.layer.ksize, plan.chunk, plan.parts, call.packing.together)
     instance = wgmma_instance(call.source.spec.dtype, plan.layout.expression, shape, plan.chunks > 1, plan.resident)
     launch, order = _conv_launch(call, plan, instance, plan.chunks), Order.WARPGROUPS
-    return Ready(launch, clocks, order, call.packing.offset(order))
+    return Ready(launch, clocks, order, (call.packing.offset(order),))
 
 
 def _conv_launch(call: ConvCall, plan: ConvPlan | WgmmaPlan, instance: Instance, chunks: int) -> Launch:
@@ -179,7 +181,7 @@ def _conv_form(call: ConvCall) -> tuple[bool, ...]:
     return whole, paired, call.activates, adds, call.packing.chunks > 1
 
 
-def _conv_argument(call: ConvCall, tiles: tuple[int, int], chunks: int) -> Template:
+def _conv_argument(call: ConvCall, tiles: Pair, chunks: int) -> Template:
     """struct Conv of kernels/conv.cuh; the first ten fields are addresses."""
     packing, source, target = call.packing, call.source.spec, call.target.spec
     return Template(
@@ -242,7 +244,7 @@ def bottleneck(
         launch.run(
             source.data.ptr,
             target.data.ptr,
-            *(w.words.data.ptr for w in weights),
+            *(w.words.data.ptr + skipped for w, skipped in zip(weights, ready.skipped)),
             indices.data.ptr,
             bin_counts.data.ptr,
             channels.data.ptr,
@@ -270,32 +272,64 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
         block=call.grid.bsize,
         uses_tensor_cores=tensor,
     )
-    plan, clocks = plan_bottleneck(problem, call.rows, call.layer.out_size, limits, call.in_place)
-    clocks += SCATTER if call.is_stack else 0
-    if plan is None or clocks > most_clocks:
+    image = call.layer.out_size
+    plan, clocks = plan_bottleneck(problem, call.rows, image, limits, call.in_place)
+    group_plan, group_clocks = None, math.inf
+    if limits.has_warpgroups and tensor:
+        group_plan, group_clocks = plan_wgmma_bottleneck(problem, call.rows, image, limits, call.in_place)
+    scatter = SCATTER if call.is_stack else 0
+    if min(clocks, group_clocks) + scatter > most_clocks:
         return None
+    if group_plan is not None and group_clocks < clocks:
+        instance, order = _wgmma_bottleneck_instance(problem, group_plan, dtype), Order.WARPGROUPS
+        skipped = tuple(product.packing.offset(order) for product in problem.products)
+        ready = Ready(None, group_clocks + scatter, order, skipped)
+        return _ready_bottleneck(call, group_plan, instance, limits, ready)
+    if plan is None:
+        return None
+    instance = _bottleneck_instance(problem, plan, dtype)
+    return _ready_bottleneck(call, plan, instance, limits, Ready(None, clocks + scatter))
+
+
+def _bottleneck_instance(problem: BottleneckProblem, plan: BottleneckPlan, dtype: np.dtype[Any]) -> Instance:
     chunks = (product.packing.chunk for product in problem.products)
-    numbers = (channels, call.inner, *plan.tile, *call.layer.ksize, *chunks)
+    numbers = (problem.channels, problem.inner, *plan.tile, *problem.ksize, *chunks)
     first, second, third = (layout.expression for layout in plan.layouts)
-    instance = bottleneck_instance(
-        products_of(dtype, tensor), numbers, (first, second, third), plan.near, plan.parts, plan.resident
-    )
+    products = products_of(dtype, problem.uses_tensor_cores)
+    return bottleneck_instance(products, numbers, (first, second, third), plan.near, plan.parts, plan.resident)
+
+
+def _wgmma_bottleneck_instance(problem: BottleneckProblem, plan: WgmmaBottleneckPlan, dtype: np.dtype[Any]) -> Instance:
+    first, _, third = (product.packing.together for product in problem.products)
+    numbers = (problem.channels, problem.inner, *problem.ksize)
+    layouts = plan.layouts[0].expression, plan.layouts[1].expression
+    return wgmma_bottleneck_instance(dtype, numbers, layouts, (first, third))
+
+
+def _ready_bottleneck(
+    call: BottleneckCall,
+    plan: BottleneckPlan | WgmmaBottleneckPlan,
+    instance: Instance,
+    limits: DeviceLimits,
+    ready: Ready,
+) -> Ready | None:
+    """With its launch, unless that is in place and not all CTAs run at the same time."""
     ctas, meets_on = call.rows * plan.ctas, call.device if call.in_place else -1
-    # The driver has the last word on whether all CTAs run at the same time. The plan has answered that already, so that
-    # no kernel is compiled here only to be turned down.
+    # The driver has the last word on that. The plan has answered it already, so that no kernel is compiled here only to
+    # be turned down.
     if call.in_place and ctas > _jit.ctas_that_fit(instance, THREADS, plan.shared) * limits.multiprocessors:
         return None
-    launch = Launch(instance, (ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan), meets_on)
-    return Ready(launch, clocks)
+    argument = _bottleneck_argument(call, plan.tiles)
+    return ready._replace(launch=Launch(instance, (ctas, 1, 1), plan.shared, argument, meets_on))
 
 
-def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> Template:
-    """struct Bottleneck of kernels/bottleneck.cu; the first nine fields are addresses."""
+def _bottleneck_argument(call: BottleneckCall, tiles: Pair) -> Template:
+    """struct Bottleneck of kernels/bottleneck.cuh; the first nine fields are addresses."""
     axes = (
         (call.bcount[axis], call.grid.bsize[axis], call.layer.out_size[axis], call.layer.pad_before[axis])
         for axis in range(2)
     )
-    tiles = plan.tiles[0] * plan.tiles[1]
+    count = math.prod(tiles)
     return Template(
         9,
         [
@@ -305,10 +339,10 @@ def _bottleneck_argument(call: BottleneckCall, plan: BottleneckPlan) -> Template
             call.rows,
             min(call.source.shape[0], MOST_IMAGES),
             *itertools.chain(*axes),
-            tiles,
-            *division(tiles),
-            *division(plan.tiles[1]),
-            plan.tiles[1],
+            count,
+            *division(count),
+            *division(tiles[1]),
+            tiles[1],
             int(call.activates),
             int(call.is_stack),
         ],

@@ -7,11 +7,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ._fused_bottleneck_products import IMAGES, Product, products_of, ranked_layouts
 from ._fused_clocks import Clocks
-from ._fused_plan import DeviceLimits, Pair, alone, are_enough, may_share, room_beside, tiles_of, window_bytes
+from ._fused_plan import DeviceLimits, Pair, TilePlan, alone, are_enough, may_share, room_beside, tiles_of, window_bytes
 from ._packing import COLUMNS, PIECE_BYTES, STEP_PIECES
 from ._warps import ROWS, WarpLayout
 
@@ -87,8 +87,16 @@ def plan_bottleneck(
     return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
 
 
+class WholePlan(TilePlan, Protocol):
+    """How a whole bottleneck is cut."""
+
+    @property
+    def tile(self) -> Pair:
+        """Pixels of a tile."""
+
+
 def bottleneck_clocks(
-    plan: BottleneckPlan, problem: BottleneckProblem, rows: int, image: Pair, limits: DeviceLimits
+    plan: WholePlan, problem: BottleneckProblem, rows: int, image: Pair, limits: DeviceLimits
 ) -> float:
     """The model of a bottleneck, whose mask has its share of the blocks that reach beyond the image, or none."""
     inside = tiles_in_image(rows, plan.tile, problem.block, image)

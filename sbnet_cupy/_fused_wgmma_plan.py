@@ -21,7 +21,7 @@ SIDE, _MOST_SIDE, _MOST_SQUARES = 8, 4, 8
 GROUPS = 2
 
 #: Groups of 8 columns that a product may have, as in kernels/ptx.cuh.
-_COLUMN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+COLUMN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 #: Numbers that a thread sums, at most: alone, and next to another CTA, which has half of the registers. More would
 #: spill.
@@ -170,7 +170,7 @@ def group_layouts(block: Pair, columns: int, together: int) -> Iterator[GroupLay
         squares = height * width
         if squares > _MOST_SQUARES:
             continue
-        for (groups_m, depth), n in itertools.product(((1, 1), (2, 1), (1, 2)), _COLUMN_COUNTS):
+        for (groups_m, depth), n in itertools.product(((1, 1), (2, 1), (1, 2)), COLUMN_COUNTS):
             layout = GroupLayout((height, width), squares // groups_m, n, groups_m, depth)
             fits = squares % groups_m == 0 and columns * COLUMNS % layout.columns == 0
             whole = n % together == 0 or together % n == 0
@@ -204,10 +204,20 @@ def _turns(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
 
 def _stage_bytes(chunk: int, layout: GroupLayout, problem: ConvProblem) -> int:
     """Shared memory of a chunk's window and weights. Mirrored by WgmmaShape of kernels/conv_wgmma.cu."""
-    shift = (chunk + 7) // chunk % 8
-    plane = math.ceil((_window_pixels(layout, problem) - shift) / 8) * 8 + shift
     pieces = chunk * problem.packing.positions
-    return PIECE_BYTES * (plane * (chunk + pieces % 2) + (pieces + pieces % 2) * layout.columns)
+    planes = piece_planes(chunk, _window_pixels(layout, problem)) * (chunk + pieces % 2)
+    return planes + PIECE_BYTES * (pieces + pieces % 2) * layout.columns
+
+
+def piece_planes(pieces: int, pixels: int) -> int:
+    """Bytes from a piece of pixels of so many pieces to the next. Mirrored by PixelPlanes of kernels/warpgroup.cuh."""
+    shift = (pieces + 7) // pieces % 8
+    return PIECE_BYTES * (math.ceil((pixels - shift) / 8) * 8 + shift)
+
+
+def product_clocks(m: int, n: int) -> float:
+    """Clocks of a step of all groups, for so many times 64 rows and 8 columns of each."""
+    return m * GROUPS * max(_ROWS + _READ * n, _MULTIPLIED * n)
 
 
 def _cta_clocks(layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts: int, problem: ConvProblem) -> Clocks:
@@ -216,7 +226,7 @@ def _cta_clocks(layout: GroupLayout, tiles: Pair, chunk: int, chunks: int, parts
     works = _window_pixels(layout, problem) * pieces * PIECE_BYTES / _BROUGHT[itemsize]
     works += pieces * packing.positions * layout.columns * PIECE_BYTES / _WEIGHTS
     steps = chunks * math.ceil(chunk * packing.positions / (2 * layout.depth))
-    works += steps * layout.m * GROUPS * max(_ROWS + _READ * layout.n, _MULTIPLIED * layout.n)
+    works += steps * product_clocks(layout.m, layout.n)
     pixels = problem.block[0] * problem.block[1] / (tiles[0] * tiles[1])
     works += pixels * layout.columns * itemsize / _WRITTEN
     works += layout.exchanged / _EXCHANGED

@@ -169,6 +169,15 @@ def bottleneck_instance(
     return Instance("bottleneck.cu", f"sbnet::bottleneck<{', '.join(arguments)}>")
 
 
+def wgmma_bottleneck_instance(
+    dtype: np.dtype[Any], numbers: tuple[int, ...], layouts: tuple[str, str], together: tuple[int, int]
+) -> Instance:
+    """The fused bottleneck by warpgroups: see WgmmaBottleneck of kernels/bottleneck_wgmma.cu."""
+    arguments = ", ".join([_SUMMANDS[dtype.name], *map(str, numbers), *layouts, *map(str, together)])
+    shape = f"sbnet::WgmmaBottleneck<{arguments}>"
+    return Instance("bottleneck_wgmma.cu", f"sbnet::bottleneck_wgmma<{_SUMMANDS[dtype.name]}, {shape}>")
+
+
 COUNT_ACTIVE = Instance("reduce_mask.cu", "sbnet::count_active")
 COMPACT_ACTIVE = Instance("reduce_mask.cu", "sbnet::compact_active")
 

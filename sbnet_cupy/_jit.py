@@ -127,7 +127,7 @@ def architecture_options(source: str) -> tuple[str, ...]:
 
 
 #: Sources whose kernels are for compute capability 9.0, and take what NVRTC has for no other.
-_HOPPER_SOURCES = ("conv_wgmma.cu",)
+_HOPPER_SOURCES = ("conv_wgmma.cu", "bottleneck_wgmma.cu")
 
 
 def _explain(source: str, expressions: Sequence[str], log: str) -> str:

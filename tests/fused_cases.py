@@ -28,6 +28,7 @@ from sbnet_cupy import (
     _conv,
     _fused_bottleneck_plan,
     _fused_conv_plan,
+    _fused_wgmma_bottleneck_plan,
     _fused_wgmma_plan,
     block_indices,
     calc_block_params,
@@ -87,6 +88,15 @@ BOTTLENECK_PLANS: dict[str, Pick] = {
         layouts=(*chosen.layouts[:2], WarpLayout(1, 1, WARPS, 1)), shared=chosen.shared + ROOM
     ),
 }
+#: The same for bottlenecks by warpgroups, which only those with one of these names are.
+WGMMA_BOTTLENECK_PLANS: dict[str, Pick] = {
+    "groups": lambda plans, chosen: min(plans, key=lambda plan: math.prod(plan.tile)),
+    "groups-squares": lambda plans, chosen: max(plans, key=lambda plan: math.prod(plan.tile)),
+    "groups-wide": lambda plans, chosen: max(plans, key=lambda plan: plan.tile[1] - plan.tile[0]),
+    "groups-high": lambda plans, chosen: max(plans, key=lambda plan: plan.tile[0] - plan.tile[1]),
+}
+#: Those that only Hopper can follow.
+HOPPER_PLANS = {**WGMMA_PLANS, **WGMMA_BOTTLENECK_PLANS}
 
 
 def _chosen(plans: list[Any], chosen: Any) -> Any:
@@ -122,6 +132,12 @@ def planned(name: str) -> Iterator[None]:
         plans = list(_fused_bottleneck_plan.bottleneck_plans(problem, limits))
         return chosen and BOTTLENECK_PLANS.get(name, _chosen)(plans, chosen), clocks
 
+    def plan_wgmma_bottleneck(problem: Any, rows: int, image: Any, limits: Any, in_place: bool) -> Any:
+        if name not in WGMMA_BOTTLENECK_PLANS:
+            return None, math.inf
+        plans = _fused_wgmma_bottleneck_plan.wgmma_bottleneck_plans(problem, limits)
+        return (WGMMA_BOTTLENECK_PLANS[name](list(plans), None), 0.0) if plans else (None, math.inf)
+
     real_layers = _fused_network._prepare_layers
 
     def slow_layers(calls: Any, most_clocks: float) -> tuple[Any, ...]:
@@ -132,6 +148,7 @@ def planned(name: str) -> Iterator[None]:
         patch.setattr(_fused, "plan_conv", plan_conv)
         patch.setattr(_fused, "plan_wgmma", plan_wgmma)
         patch.setattr(_fused, "plan_bottleneck", plan_bottleneck)
+        patch.setattr(_fused, "plan_wgmma_bottleneck", plan_wgmma_bottleneck)
         for cached in caches:
             cached.cache_clear()
         yield
@@ -507,6 +524,40 @@ BOTTLENECKS = [
     ),
     bottleneck(
         "layers-wgmma-tf32", "tf32", (12, 13), 48, 16, (9, 8), outer=((1, 1), (3, 1)), plan="wgmma-chunks", target="out"
+    ),
+    bottleneck("groups", "tf32", (20, 23), 48, 16, (8, 8), plan="groups"),
+    bottleneck("groups-halves", "float16", (20, 23), 64, 16, (8, 8), plan="groups", spare=2, packed=False),
+    bottleneck("groups-columns", "float16", (21, 19), 96, 48, (7, 8), plan="groups", target="out"),
+    bottleneck("groups-3x5", "bfloat16", (13, 16), 32, 16, (8, 8), ksize=(3, 5), plan="groups", density=0.05, spare=-2),
+    bottleneck("groups-in-place", "tf32", (20, 23), 32, 16, (4, 4), plan="groups", target="place", triples=APART),
+    bottleneck("groups-plain", "tf32", (14, 13), 32, 16, (5, 4), plan="groups", activates=False, batch=1),
+    bottleneck("groups-stack", "tf32", (20, 39), 32, 16, (8, 16), plan="groups", target="place", density=0.05),
+    bottleneck("groups-squares", "tf32", (21, 35), 40, 24, (15, 16), plan="groups-squares", target="out"),
+    bottleneck("groups-wide", "bfloat16", (11, 35), 64, 32, (8, 24), plan="groups-wide", target="out"),
+    bottleneck("groups-high", "float16", (21, 15), 64, 24, (15, 7), plan="groups-high", density=0.05),
+    bottleneck(
+        "groups-hostile",
+        "float16",
+        (9, 16),
+        16,
+        16,
+        (3, 4),
+        triples=HOSTILE,
+        count=2**31 - 1,
+        target="out",
+        plan="groups",
+    ),
+    bottleneck(
+        "groups-counted",
+        "float16",
+        (9, 16),
+        16,
+        16,
+        (3, 4),
+        triples=HOSTILE[:4],
+        count=3,
+        target="place",
+        plan="groups",
     ),
     bottleneck("layers-plain", "float16", (12, 13), 8, 8, (4, 5), activates=False, layout="misaligned", target="out"),
 ]

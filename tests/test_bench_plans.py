@@ -22,6 +22,7 @@ from bench.plan_kinds import KINDS, Case, Kind, numbers_of
 from bench.stages import PRECISIONS, Network
 from sbnet_cupy import _fused, _jit
 from sbnet_cupy._fused_bottleneck_plan import BottleneckPlan
+from sbnet_cupy._fused_wgmma_bottleneck_plan import WgmmaBottleneckPlan
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 HALF = PRECISIONS[2]
@@ -93,7 +94,7 @@ def scene_on(xp: Any, network: Network) -> Scene:
 
 def layouts_of(plan: Any) -> list[tuple[Any, ...]]:
     """Of each launch."""
-    if isinstance(plan, BottleneckPlan):
+    if isinstance(plan, (BottleneckPlan, WgmmaBottleneckPlan)):
         return [plan.layouts]
     return [(step.layout,) for step in ((plan,) if hasattr(plan, "layout") else plan)]
 
@@ -105,7 +106,7 @@ def test_a_plan_is_followed(name: str) -> None:
     kind = KINDS[name]
     network = Network(kind.network, SMALL, precision_of(kind.precisions[-1]))
     with cpu_cuda.recording() as launched:
-        planners = _fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck
+        planners = [getattr(_fused, each.planner) for each in KINDS.values()]
         (case, mask), *_ = plans.cases_of(network)
         sparse = networks.Sparse(
             scene_on(sys.modules["cupy"], network), mask, network.params(case.bsize), engine="fused"
@@ -118,7 +119,7 @@ def test_a_plan_is_followed(name: str) -> None:
             expressions = [one.expression for one in launched if re.search(r"conv|bottleneck", one.source)]
             for expression, layouts in zip(expressions, layouts_of(plan), strict=True):
                 assert all(layout.expression in expression for layout in layouts)
-        assert (_fused.plan_conv, _fused.plan_wgmma, _fused.plan_bottleneck) == planners
+        assert [getattr(_fused, each.planner) for each in KINDS.values()] == planners
 
 
 @on_a_cpu
@@ -148,7 +149,7 @@ def test_plans_are_checked_and_recorded(
         assert plans.main([name, "--output", str(tmp_path)]) == 0  # nothing is measured again
         only = kind.precisions[-1]
         assert plans.main([name, "--only", only, "--output", str(tmp_path / "wrong")]) == 1
-    each = 3 if "layers" in name else 2
+    each = 3 if "layers" in name else 1 if name == "wgmma-bottleneck" else 2  # of which tiles have one size
     count = each * len(kind.precisions)
     printed = "".join(capsys.readouterr())
     for text in (f"{count} plans added to 0", f"0 plans added to {count}", f"{each} of {each} results were wrong"):
@@ -210,6 +211,7 @@ ROWS = {
     "wgmma": "by warpgroups",
     "bottleneck": "bottlenecks",
     "bottleneck-float32": "bottlenecks, IEEE float32",
+    "wgmma-bottleneck": "bottlenecks by warpgroups",
     "layers": "bottlenecks in three launches",
     "layers-float32": "in three launches, IEEE float32",
 }

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import cpu_cuda
 import pytest
-from fused_cases import BOTTLENECKS, CONVS, WGMMA_PLANS, FusedCase, planned, random_cases
+from fused_cases import (
+    BOTTLENECKS,
+    CONVS,
+    HOPPER_PLANS,
+    WGMMA_PLANS,
+    BottleneckCase,
+    FusedCase,
+    planned,
+    random_cases,
+)
 
 from sbnet_cupy._jit import device_limits
 
@@ -37,11 +47,18 @@ def test_on_a_cpu(case: FusedCase) -> None:
 
 
 #: Random geometries that run on a CPU, where each takes a second, and on a GPU.
+@pytest.mark.parametrize("case", [c for c in CASES if c.plan in HOPPER_PLANS], ids=lambda case: case.name)
+def test_plans_by_warpgroups_are_followed(case: FusedCase) -> None:
+    source = "conv_wgmma.cu" if case.plan in WGMMA_PLANS else "bottleneck_wgmma.cu"
+    assert source in {instance.source for instance in case.kernels()}
+
+
 RANDOM = 60 if os.environ.get("SBNET_CUPY_TEST_ALL") else 9
 
 
 def test_random_geometry_on_a_cpu() -> None:
     found = random_cases(RANDOM)
+    found += [replace(case, plan="groups") for case in found if isinstance(case, BottleneckCase)]
     cpu_cuda.build({instance for case in found for instance in case.kernels()})
     for case in found:
         case.check(cpu_cuda.ORDERS[0])
@@ -52,8 +69,9 @@ def test_random_geometry_on_a_gpu() -> None:
     cupy = pytest.importorskip("cupy")
     for case in random_cases(60):
         found = [case.run(cupy)]
-        with planned(""):
-            found.append(case.run(cupy))
+        for name in ("", "groups"):
+            with planned(name):
+                found.append(case.run(cupy))
         for result in found:
             try:
                 case.assert_right(result)
@@ -65,6 +83,7 @@ def test_random_geometry_on_a_gpu() -> None:
 ORDERED = (
     *("chunks-5x5", "split", "2x5", "layers-odd", "direct-in-place", "distant", "parts", "passes"),
     *("wgmma", "wgmma-parts", "wgmma-chunks", "wgmma-depth", "wgmma-depth-halves"),
+    *("groups", "groups-in-place", "groups-squares", "groups-wide"),
 )
 
 
@@ -81,7 +100,7 @@ def test_orders(order: cpu_cuda.Order) -> None:
 @cases
 def test_on_a_gpu(case: FusedCase) -> None:
     cupy = pytest.importorskip("cupy")
-    if case.plan in WGMMA_PLANS and not device_limits(cupy.cuda.runtime.getDevice()).has_warpgroups:
+    if case.plan in HOPPER_PLANS and not device_limits(cupy.cuda.runtime.getDevice()).has_warpgroups:
         pytest.skip("a kernel for Hopper")
     with planned(case.plan):
         case.assert_right(case.run(cupy))

@@ -19,7 +19,14 @@ from cupy.cuda import nvrtc
 from nvrtc import instructions_of
 
 from sbnet_cupy._fused_wgmma_plan import GroupLayout
-from sbnet_cupy._instances import Instance, bottleneck_instance, conv_instance, products_of, wgmma_instance
+from sbnet_cupy._instances import (
+    Instance,
+    bottleneck_instance,
+    conv_instance,
+    products_of,
+    wgmma_bottleneck_instance,
+    wgmma_instance,
+)
 from sbnet_cupy._warps import WarpLayout
 
 
@@ -76,14 +83,14 @@ KERNELS = {
         300,
     ),
     "bottleneck 200x350x192/48 tf32": Bounds(
-        bottleneck(
+        wgmma_bottleneck_instance(
             FLOAT,
-            (192, 48, 8, 8, 3, 3, 48, 12, 12),
-            [WarpLayout(1, 6, 8, 1), WarpLayout(4, 3, 1, 2), WarpLayout(2, 3, 2, 4)],
-            near=0,
+            (192, 48, 3, 3),
+            (GroupLayout((1, 1), 1, 6, 1, 2).expression, GroupLayout((1, 1), 1, 12, 1, 1).expression),
+            (1, 1),
         ),
-        2080,
-        315,
+        3150,
+        545,
     ),
 }
 

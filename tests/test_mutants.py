@@ -107,6 +107,11 @@ def fused_families() -> dict[str, list[FusedCase]]:
             *some(bottlenecks, "layers-wgmma layers-wgmma-tf32"),
         ],
         "bottleneck": some(bottlenecks, "direct-in-place direct-float32 direct-tf32 direct-hostile counted-in-place"),
+        "bottleneck_wgmma": some(
+            bottlenecks,
+            "groups groups-halves groups-3x5 groups-in-place groups-plain groups-squares groups-wide groups-hostile"
+            " groups-counted groups-stack",
+        ),
         "bottleneck_plans": some(bottlenecks, "distant parts passes direct-tiles"),
         "bottleneck_chunks": some(bottlenecks, "chunks-of-the-middle chunks-of-the-channels"),
         "layers": some(bottlenecks, "layers-odd layers-kernels layers-nchw layers-tiles"),
@@ -1700,7 +1705,7 @@ warpgroup-depth-of-the-window: warpgroup.cuh, conv_wgmma
 + shared_piece(window);
 
 warpgroup-depth-of-the-weights: warpgroup.cuh, conv_wgmma
-- layout.column + layout.depth * (2 * Depth::kSteps * Layout::kAllColumns)) {
+- layout.column + layout.depth * (2 * Depth::kSteps * kRowColumns)) {
 + layout.column) {
 
 warpgroup-depth-of-the-sums: warpgroup.cuh, conv_wgmma
@@ -1907,7 +1912,7 @@ pieces-in-order: products.cuh, bottleneck_chunks
 - return (first + piece) * kPieceBytes;
 + return piece * kPieceBytes;
 
-bottleneck-edge: bottleneck.cu, bottleneck
+bottleneck-edge: bottleneck.cuh, bottleneck
 - if (in_image < span.size) span.size = in_image;
 +
 
@@ -1920,10 +1925,10 @@ bottleneck-norms: bottleneck.cu, bottleneck
 + layout1, sums1, scale3, shift3,
 
 bottleneck-shortcuts-place: bottleneck.cu, bottleneck
-- WindowRows::offset(y.first - top, x.first - left)
-+ WindowRows::offset(y.first - top, 0)
+- WindowRows::offset(static_cast<int>(b.height.pad), static_cast<int>(b.width.pad))
++ WindowRows::offset(static_cast<int>(b.height.pad), 0)
 
-bottleneck-window: bottleneck.cu, bottleneck
+bottleneck-window: bottleneck.cuh, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
 + left = x.first;
 
@@ -1955,6 +1960,134 @@ bottleneck-pass: bottleneck.cu, bottleneck_plans
 - const int following = (pass + Layout3::kAllColumns) % kC
 + const int following = pass % kC
 
+groups-count: bottleneck_wgmma.cu, bottleneck_wgmma
+- (active < b.rows ? active : b.rows) * b.tiles;
++ b.rows * b.tiles;
+
+groups-blocks-that-do-not-exist: bottleneck_wgmma.cu, bottleneck_wgmma
+- if (!(is_listed & tile.exists)) {
++ if (!is_listed) {
+
+groups-meeting-without-a-tile: bottleneck_wgmma.cu, bottleneck_wgmma
+- arrive(b.meeting); leave(b, tiles); } return;
++ } return;
+
+groups-meeting-not-left: bottleneck_wgmma.cu, bottleneck_wgmma
+- if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles); } }
++ } }
+
+groups-window-outside: window.cuh, bottleneck_wgmma
+- const bool inside = window.contains(pixel(turn) / kWidth, pixel(turn) % kWidth);
++ const bool inside = true;
+
+groups-window-without-a-halo: window.cuh, bottleneck_wgmma
+- at / kWidth * row_stride + at % kWidth * column_stride + piece() * kPiece<T>;
++ at / kWidth * row_stride + piece() * kPiece<T>;
+
+groups-window-beyond: window.cuh, bottleneck_wgmma
+- pixel(turn) < kPixels ? pixel(turn) : kPixels - 1;
++ pixel(turn) * 64;
+
+groups-last-pixels: window.cuh, bottleneck_wgmma
+- if ((turn + 1) * kStep <= kPixels || at < kPixels) visit(turn, at);
++ if ((turn + 1) * kStep <= kPixels) visit(turn, at);
+
+groups-threads-without-pixels: window.cuh, bottleneck_wgmma
+- if (first >= kStep) return; #pragma unroll for (int turn = 0;
++ for (int turn = 0;
+
+groups-channels-activated: bottleneck_wgmma.cu, bottleneck_wgmma
+- b.activates != 0, Staged::piece() * kPiece<T>);
++ b.activates != 0, 0);
+
+groups-always-activated: bottleneck_wgmma.cu, bottleneck_wgmma
+- b.activates != 0, Staged::piece() * kPiece<T>);
++ true, Staged::piece() * kPiece<T>);
+
+groups-first-weights-not-awaited: bottleneck_wgmma.cu, bottleneck_wgmma
+- if (copies) wait_at(gates);
++
+
+groups-last-weights-not-awaited: bottleneck_wgmma.cu, bottleneck_wgmma
+- if (copies) wait_at(gates + 2);
++
+
+groups-part-of-the-weights: ptx.cuh, bottleneck_wgmma
+- for (int k = 0; k < bytes; k += 16) {
++ for (int k = 0; k < bytes - 16; k += 16) {
+
+groups-barrier-of-the-window: bottleneck_wgmma.cu, bottleneck_wgmma
+- wait_at(gates); __syncthreads();
++ wait_at(gates);
+
+groups-barrier-of-the-middle: bottleneck_wgmma.cu, bottleneck_wgmma
+- wait_at(gates + 1); __syncthreads();
++ wait_at(gates + 1);
+
+groups-barrier-of-the-tile: bottleneck_wgmma.cu, bottleneck_wgmma
+- __syncthreads(); // Asked for early
++ // Asked for early
+
+groups-norms: bottleneck_wgmma.cu, bottleneck_wgmma
+- middle, sums, layout, scale2, shift2,
++ middle, sums, layout, scale3, shift3,
+
+groups-border: bottleneck_wgmma.cu, bottleneck_wgmma
+- inside ? max_exact(y, 0.0f) : 0.0f;
++ max_exact(y, 0.0f);
+
+groups-places-of-features: bottleneck_wgmma.cu, bottleneck_wgmma
+- places[n] = feature / kLanes * Planes::kPieceStep + feature % kLanes * static_cast<int>(sizeof(T));
++ places[n] = feature / kLanes * Planes::kPieceStep;
+
+groups-order-of-the-middle: bottleneck_wgmma.cu, bottleneck_wgmma
+- FeatureOrder<kTogether>::feature_of(lane_column + n * kColumns);
++ lane_column + n * kColumns;
+
+groups-rows-of-the-window: bottleneck_wgmma.cu, bottleneck_wgmma
+- const int row = (square + m) * kRowsM +
++ const int row = square * kRowsM +
+
+groups-of-the-window: bottleneck_wgmma.cu, bottleneck_wgmma
+- square(group_number() * kM) {}
++ square(0) {}
+
+groups-own-pixels: bottleneck_wgmma.cu, bottleneck_wgmma
+- const int y = pixel / kHaloW - pad_h, x = pixel % kHaloW - pad_w;
++ const int y = pixel / kHaloW, x = pixel % kHaloW - pad_w;
+
+groups-piece-of-the-shortcut: bottleneck_wgmma.cu, bottleneck_wgmma
+- + Staged::piece() * kPieceBytes, 0, numbers.at[turn]);
++ , 0, numbers.at[turn]);
+
+groups-shortcut: bottleneck_wgmma.cu, bottleneck_wgmma
+- number[i] = sum + Addition<T>::begin(added.lane[i]);
++ number[i] = sum;
+
+groups-pass: bottleneck_wgmma.cu, bottleneck_wgmma
+- weights3 + pass * kPieceBytes, layout)
++ weights3, layout)
+
+groups-rows-of-all-columns: bottleneck_wgmma.cu, bottleneck_wgmma
+- typename Shape::Depth3, Layout3, kC>(
++ typename Shape::Depth3, Layout3>(
+
+groups-features-of-a-pass: bottleneck_wgmma.cu, bottleneck_wgmma
+- const int lane_column = pass + layout.column +
++ const int lane_column = layout.column +
+
+groups-ragged: bottleneck_wgmma.cu, bottleneck_wgmma
+- if (y >= height || x >= width) continue;
++
+
+groups-exchange: bottleneck_wgmma.cu, bottleneck_wgmma
+- sums.exchange(exchanged, layout);
++
+
+groups-target-of-a-stack: bottleneck.cuh, bottleneck_wgmma
+- (stack ? x.within : x.first)
++ (stack ? 0 : x.first)
+
 tiles-of-a-block: window.cuh, conv_chunks
 - within = tile * tile_size;
 + within = 0;
@@ -1967,7 +2100,7 @@ conv-features: conv.cu, conv_chunks
 - (first_feature + layout.column) / kColumns
 + layout.column / kColumns
 
-bottleneck-meeting-not-left: bottleneck.cu, bottleneck
+bottleneck-meeting-not-left: bottleneck.cuh, bottleneck
 - b.meeting[0] = b.meeting[1] = 0;
 + b.meeting[1] = 0;
 """
@@ -2028,6 +2161,21 @@ wgmma-not-shown: conv_wgmma.cu, conv_wgmma
 = the plain twins of products read what threads have written
 - show_to_warpgroups(); __syncthreads();
 + __syncthreads();
+
+groups-second-weights-not-awaited: bottleneck_wgmma.cu, bottleneck_wgmma
+= the plain twin waits for all copies at the first gate, which is behind the start of these
+- if (copies) wait_at(gates + 1);
++
+
+groups-not-shown: bottleneck_wgmma.cu, bottleneck_wgmma
+= the plain twins of products read what threads have written
+- show_to_warpgroups(); if (copies) wait_at(gates);
++ if (copies) wait_at(gates);
+
+groups-odd-plane: bottleneck_wgmma.cu, bottleneck_wgmma
+= weights are zero there, and what shared memory begins with on a CPU is no NaN
+- clear_plane_behind<typename Shape::MiddlePlanes>(middle);
++ static_cast<void>(0);
 
 uneven-batches: transfer.cuh, gather
 = the same result, only slower: more loads are waited for at the end of a block
