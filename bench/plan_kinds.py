@@ -191,8 +191,7 @@ class WgmmaBottleneck(OneLaunch):
         return wgmma_bottleneck_plans(case.bottleneck, limits)
 
     def clocks(self, plans: Sequence[WgmmaBottleneckPlan], case: Case, limits: DeviceLimits) -> list[float]:
-        listed = {numbers_of(plan): plan for plan in self.plans(case, limits)}
-        return [_whole_clocks(listed[numbers_of(plan)], case, limits) for plan in plans]
+        return [_whole_clocks(plan, case, limits) for plan in _as_listed(plans, self.plans(case, limits))]
 
     def read(self, numbers: Iterator[int]) -> WgmmaBottleneckPlan:
         layouts = _groups(numbers), _groups(numbers)
@@ -259,8 +258,13 @@ def _listed_clocks(
     plans: Sequence[Any], every: Iterable[Any], rows: int, limits: DeviceLimits, launch: LaunchClocks
 ) -> list[float]:
     """Of plans that are among those that the model lists."""
+    return [launch_clocks(plan, rows, limits, launch) for plan in _as_listed(plans, every)]
+
+
+def _as_listed(plans: Sequence[Any], every: Iterable[Any]) -> Iterator[Any]:
+    """Plans with their clocks, from among those that the model lists."""
     found = {numbers_of(plan): plan for plan in every}
-    return [launch_clocks(found[numbers_of(plan)], rows, limits, launch) for plan in plans]
+    return (found[numbers_of(plan)] for plan in plans)
 
 
 def numbers_of(plan: Any) -> tuple[int, ...]:

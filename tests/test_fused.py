@@ -46,13 +46,13 @@ def test_on_a_cpu(case: FusedCase) -> None:
     case.check(cpu_cuda.ORDERS[0])
 
 
-#: Random geometries that run on a CPU, where each takes a second, and on a GPU.
 @pytest.mark.parametrize("case", [c for c in CASES if c.plan in HOPPER_PLANS], ids=lambda case: case.name)
 def test_plans_by_warpgroups_are_followed(case: FusedCase) -> None:
     source = "conv_wgmma.cu" if case.plan in WGMMA_PLANS else "bottleneck_wgmma.cu"
     assert source in {instance.source for instance in case.kernels()}
 
 
+#: Random geometries that run on a CPU, where each takes a second, and on a GPU.
 RANDOM = 60 if os.environ.get("SBNET_CUPY_TEST_ALL") else 9
 
 
