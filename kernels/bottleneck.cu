@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     const auto offsets3 = pieces_of<TileRows, Depth3>(list3);
     wait_for_earlier_kernels();
 
-    const TileNumbers at(b, blockIdx.x);
+    const TileNumbers tile(b, blockIdx.x);
     const int64 active = *b.bin_counts;
     // While the indices are on their way: what does not depend on them.
     using Activated = ActivatedRows<T, kPiecesC, kSteps1, Products::kRounds>;
@@ -178,18 +178,20 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     Weights1 weights1(kNear1 ? near1 : b.weights[0], 0, kPartSteps);
 
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
-    using Tile = BottleneckTile<kTileH, kTileW, kHaloH, kHaloW>;
-    const Tile tile(b, at);
+    const bool exists = tile.exist(b);  // else there are no coordinates, which might leave 32 bits
+    const Span y = span_of(b.height, exists ? tile.block_h : 0, tile.down, kTileH);
+    const Span x = span_of(b.width, exists ? tile.block_w : 0, tile.right, kTileW);
     // One branch for all of it: the compiler puts a load off until the first branch that needs it.
     const bool is_listed = blockIdx.x < tiles;
-    if (!(is_listed & tile.exists)) {
+    if (!(is_listed & exists & (y.size > 0) & (x.size > 0))) {
         if (is_listed && b.meeting != nullptr && threadIdx.x == 0) {
             arrive(b.meeting);
             leave(b, tiles);
         }
         return;
     }
-    const Window& window = tile.window;
+    const int top = y.first - static_cast<int>(b.height.pad), left = x.first - static_cast<int>(b.width.pad);
+    const Window window = window_of<kHaloH, kHaloW>(b, tile, top, left);
 
     constexpr int kMost = kMostBytes * kParts / WindowRows::kBytes;
     constexpr int kAtOnce = kMost < 1 ? 1 : kMost < kParts ? kMost : kParts;
@@ -244,12 +246,11 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
     let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
     __syncthreads();
 
-    T* const target = tile.template target<T>(b, at);
+    T* const target = target_of<T>(b, tile, y, x);
     const WarpResults<T, Layout3, WindowRows, kTileH, kTileW> results(
-        window_pixels + WindowRows::offset(static_cast<int>(b.height.pad), static_cast<int>(b.width.pad)), tile.y.size, tile.x.size,
+        window_pixels + WindowRows::offset(y.first - top, x.first - left), y.size, x.size,
         static_cast<int>(b.target_strides[1]), static_cast<int>(b.target_strides[2]));
-    // Asked for early by one thread: the answer takes a while, and nearly always is yes.
-    bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
+    bool may = may_write(b, tiles);
     for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
         Sums<Layout3::kM, Layout3::kN> sums;
         product<kCtas>(
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kProductThreads, kCtas) bottleneck(const Bottl
         }
         const auto pieces = results.add(sums, pass);
         if (b.meeting != nullptr && pass == 0) {
-            while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
+            while (!may) may = have_met(b.meeting, static_cast<unsigned int>(tiles));
             __syncthreads();
         }
         results.write(target, pieces, pass);

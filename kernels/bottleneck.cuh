@@ -42,39 +42,34 @@ __device__ inline Span span_of(const BottleneckAxis& axis, unsigned int block, i
     return span;
 }
 
-// A tile, and its window with the halo.
-template <int kTileH, int kTileW, int kHaloH, int kHaloW>
-struct BottleneckTile {
-    bool exists;  // with pixels of the image
-    Span y, x;
+// The window of a tile, which begins at a pixel that may lie before the image.
+template <int kHaloH, int kHaloW>
+__device__ inline Window window_of(const Bottleneck& b, const TileNumbers& tile, int top, int left) {
     Window window;
+    window.row_stride = static_cast<int>(b.source_strides[1]);
+    window.column_stride = static_cast<int>(b.source_strides[2]);
+    window.channel_stride = 1;
+    window.origin = static_cast<int64>(tile.image) * b.source_strides[0] +
+                    static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
+    inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
+    inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
+    return window;
+}
 
-    BottleneckTile() = default;
+// Where the results of a tile begin.
+template <typename T>
+__device__ inline T* target_of(const Bottleneck& b, const TileNumbers& tile, const Span& y, const Span& x) {
+    const bool stack = b.target_is_stack != 0;
+    return static_cast<T*>(b.target) + static_cast<int64>(stack ? tile.row : tile.image) * b.target_strides[0] +
+           static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
+           static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
+}
 
-    __device__ BottleneckTile(const Bottleneck& b, const TileNumbers& at)
-        : exists(at.exist(b)),  // else there are no coordinates, which might leave 32 bits
-          y(span_of(b.height, exists ? at.block_h : 0, at.down, kTileH)),
-          x(span_of(b.width, exists ? at.block_w : 0, at.right, kTileW)) {
-        exists = exists & (y.size > 0) & (x.size > 0);
-        const int top = y.first - static_cast<int>(b.height.pad), left = x.first - static_cast<int>(b.width.pad);
-        window.row_stride = static_cast<int>(b.source_strides[1]);
-        window.column_stride = static_cast<int>(b.source_strides[2]);
-        window.channel_stride = 1;
-        window.origin = static_cast<int64>(at.image) * b.source_strides[0] +
-                        static_cast<int64>(top) * window.row_stride + static_cast<int64>(left) * window.column_stride;
-        inside_of(top, kHaloH, static_cast<int>(b.height.extent), window.top, window.bottom);
-        inside_of(left, kHaloW, static_cast<int>(b.width.extent), window.left, window.right);
-    }
-
-    // Where its results begin.
-    template <typename T>
-    __device__ T* target(const Bottleneck& b, const TileNumbers& at) const {
-        const bool stack = b.target_is_stack != 0;
-        return static_cast<T*>(b.target) + static_cast<int64>(stack ? at.row : at.image) * b.target_strides[0] +
-               static_cast<int64>(stack ? y.within : y.first) * static_cast<int>(b.target_strides[1]) +
-               static_cast<int64>(stack ? x.within : x.first) * static_cast<int>(b.target_strides[2]);
-    }
-};
+// Whether a CTA may write because all of them have read their windows. One thread asks, early: the answer takes a while,
+// and nearly always is yes.
+__device__ inline bool may_write(const Bottleneck& b, int64 tiles) {
+    return b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
+}
 
 // Of one thread of each CTA that has no more to ask: the last one leaves the counts as they were.
 __device__ inline void leave(const Bottleneck& b, int64 tiles) {

@@ -15,7 +15,7 @@ template <int kPixels, int kN_>
 struct PixelGroups {
     static constexpr int kRowsM = kSide * kSide;
     static constexpr int kM = (kPixels + kGroups * kRowsM - 1) / (kGroups * kRowsM), kN = kN_;
-    static constexpr int kDepth = 1, kRows = 2, kAllColumns = kN * kColumns, kAllRows = kGroups * kM * kRowsM;
+    static constexpr int kDepth = 1, kThreadRows = 2, kAllColumns = kN * kColumns, kAllRows = kGroups * kM * kRowsM;
 
     int square, column = 0, depth = 0;
 
@@ -48,7 +48,6 @@ struct WgmmaBottleneck {
     static constexpr int kTileH = Layout2::kTileH, kTileW = Layout2::kTileW;
     static constexpr int kHaloH = kTileH + kKernelH - 1, kHaloW = kTileW + kKernelW - 1;
     static constexpr int kPiecesC = kC / kPiece<T>, kPiecesB = kB / kPiece<T>;
-    using Tile = BottleneckTile<kTileH, kTileW, kHaloH, kHaloW>;
     using Layout1 = PixelGroups<kHaloH * kHaloW, kB / kColumns>;
     using WindowPlanes = PixelPlanes<kPiecesC, kHaloH, kHaloW>;
     using MiddlePlanes = PixelPlanes<kPiecesB, kHaloH, kHaloW>;
@@ -67,9 +66,9 @@ struct WgmmaBottleneck {
 
     // Bytes of shared memory. In the place of the window and of the first weights comes what is needed later.
     static constexpr int kGates = 32, kNorms = 4 * kB * 4;
-    static constexpr int kWeights1 = Depth1::kRows * kB * kPieceBytes;
-    static constexpr int kWeights2 = Depth2::kRows * kB * kPieceBytes;
-    static constexpr int kWeights3 = Depth3::kRows * kC * kPieceBytes;
+    static constexpr int kWeights1 = Depth1::kWeightRows * kB * kPieceBytes;
+    static constexpr int kWeights2 = Depth2::kWeightRows * kB * kPieceBytes;
+    static constexpr int kWeights3 = Depth3::kWeightRows * kC * kPieceBytes;
     static constexpr int kMiddle = MiddlePlanes::kBytes + (Depth2::kIsOdd ? MiddlePlanes::kPieceStep : 0);
     static constexpr int kTile = TilePlanes::kBytes + (Depth3::kIsOdd ? TilePlanes::kPieceStep : 0);
     static constexpr int kExchange = Layout2::kDepth == 1 ? 0 : Layout2::kM * Layout2::kN * 8 * kProductThreads;
@@ -108,7 +107,7 @@ __device__ inline void activate_group(unsigned char* planes, const GroupSums<Lay
 #pragma unroll
     for (int m = 0; m < Layout::kM; ++m) {
 #pragma unroll
-        for (int r = 0; r < Layout::kRows; ++r) {
+        for (int r = 0; r < Layout::kThreadRows; ++r) {
             const int pixel = pixel_of(m, r);
             if (pixel < 0) continue;
             const bool inside = is_inside(pixel);
@@ -199,12 +198,14 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck_wgmma(const Bot
     Staged::find_offsets(offsets, static_cast<int>(b.source_strides[1]), static_cast<int>(b.source_strides[2]));
     wait_for_earlier_kernels();
 
-    const TileNumbers at(b, blockIdx.x);
+    const TileNumbers tile(b, blockIdx.x);
     const int64 active = *b.bin_counts;
-    const typename Shape::Tile tile(b, at);
     const int64 tiles = (active < b.rows ? active : b.rows) * b.tiles;
+    const bool exists = tile.exist(b);  // else there are no coordinates, which might leave 32 bits
+    const Span y = span_of(b.height, exists ? tile.block_h : 0, tile.down, Shape::kTileH);
+    const Span x = span_of(b.width, exists ? tile.block_w : 0, tile.right, Shape::kTileW);
     const bool is_listed = blockIdx.x < tiles;
-    if (!(is_listed & tile.exists)) {
+    if (!(is_listed & exists & (y.size > 0) & (x.size > 0))) {
         if (is_listed && b.meeting != nullptr && threadIdx.x == 0) {
             arrive(b.meeting);
             leave(b, tiles);
@@ -214,7 +215,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck_wgmma(const Bot
     const Staged staged{window_planes};
     typename Staged::Numbers numbers;
     const int pad_h = static_cast<int>(b.height.pad), pad_w = static_cast<int>(b.width.pad);
-    Staged::fetch(numbers, offsets, tile.window, static_cast<const T*>(b.source), tile.window.offset(pad_h, pad_w));
+    const Window window = window_of<Shape::kHaloH, kHaloW>(b, tile, y.first - pad_h, x.first - pad_w);
+    Staged::fetch_at(numbers, offsets, window, static_cast<const T*>(b.source), window.offset(pad_h, pad_w));
     if (copies) {
         expect_bytes(gates, Shape::kNorms + Shape::kWeights1);
         copy_through(gates, weights1, b.weights[0], Shape::kWeights1);
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck_wgmma(const Bot
         sums.hold();
         activate_group<T, typename Shape::MiddlePlanes, Shape::kTogetherB>(
             middle, sums, layout, scale2, shift2, [&](int m, int r) { return layout.pixel(m, r); },
-            [&](int pixel) { return tile.window.contains(pixel / kHaloW, pixel % kHaloW); });
+            [&](int pixel) { return window.contains(pixel / kHaloW, pixel % kHaloW); });
     }
     show_to_warpgroups();
     if (copies) wait_at(gates + 1);
@@ -283,10 +285,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck_wgmma(const Bot
     let_later_kernels_start();  // earlier, they would take room from this one's own CTAs
     __syncthreads();
 
-    // Asked for early by one thread: the answer takes a while, and nearly always is yes.
-    bool met = b.meeting == nullptr || threadIdx.x != 0 || have_met(b.meeting, static_cast<unsigned int>(tiles));
-    const GroupResults<T, Shape> results{shortcut, tile.template target<T>(b, at), static_cast<int>(b.target_strides[1]),
-                                         static_cast<int>(b.target_strides[2]), tile.y.size, tile.x.size};
+    bool may = may_write(b, tiles);
+    const GroupResults<T, Shape> results{shortcut, target_of<T>(b, tile, y, x), static_cast<int>(b.target_strides[1]),
+                                         static_cast<int>(b.target_strides[2]), y.size, x.size};
     const Layout3 layout;
 #pragma unroll 1
     for (int pass = 0; pass < kC; pass += Layout3::kAllColumns) {
@@ -299,7 +300,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) bottleneck_wgmma(const Bot
         finish_warpgroup_products();
         sums.hold();
         if (b.meeting != nullptr && pass == 0) {
-            while (!met) met = have_met(b.meeting, static_cast<unsigned int>(tiles));
+            while (!may) may = have_met(b.meeting, static_cast<unsigned int>(tiles));
             __syncthreads();
         }
         results.write(sums, layout, pass);

@@ -19,7 +19,7 @@ struct WgmmaShape {
     using Depth = PlaneDepth<kChunk, kKernelH, kKernelW, Layout::kDepth>;
     using Planes = PixelPlanes<kChunk, kWindowH, kWindowW>;
     static constexpr int kWindowBytes = Planes::kBytes + (Depth::kIsOdd ? Planes::kPieceStep : 0);
-    static constexpr int kRows = Depth::kRows, kWeightBytes = kRows * Layout::kAllColumns * kPieceBytes;
+    static constexpr int kWeightRows = Depth::kWeightRows, kWeightBytes = kWeightRows * Layout::kAllColumns * kPieceBytes;
     static constexpr int kParts = kParts_;
     static_assert(kParts <= Depth::kSteps, "a part has a step");
 };
@@ -62,14 +62,14 @@ __device__ inline void share_features(float* scales, float* shifts, const Conv& 
 template <typename T, typename Layout, typename Shape>
 struct SquareResults {
     // Of each 8 columns, a thread has two; those of so many are neighbouring features.
-    static constexpr int kM = Layout::kM, kN = Layout::kN, kRows = Layout::kRows;
+    static constexpr int kM = Layout::kM, kN = Layout::kN, kThreadRows = Layout::kThreadRows;
     static constexpr int kTogether = kN < Shape::kTogether ? kN : Shape::kTogether;
     static constexpr int kLanes = 2 * kTogether, kRuns = kN / kTogether;
     static_assert(kN % kTogether == 0 && Shape::kTogether % kTogether == 0, "runs of features do not overlap");
 
     // Of a pixel; null if there is no such pixel.
-    T* to[kM][kRows];
-    bool inside[kM][kRows];  // of the image; else zeros are written, to a stack
+    T* to[kM][kThreadRows];
+    bool inside[kM][kThreadRows];  // of the image; else zeros are written, to a stack
     int features, first_column;
     float least;  // of a result
 
@@ -85,7 +85,7 @@ struct SquareResults {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < kThreadRows; ++r) {
                 const int y = layout.y(m, r), x = layout.x(m);
                 inside[m][r] = target.contains(y, x);
                 const bool exists = y < tile.y.size && x < tile.x.size && (inside[m][r] || stack);
@@ -107,7 +107,7 @@ struct SquareResults {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < kThreadRows; ++r) {
                 if (to[m][r] == nullptr) continue;
 #pragma unroll
                 for (int run = 0; run < kRuns; ++run) {
@@ -161,7 +161,7 @@ struct Chunks {
     // Each part is a group of copies.
     __device__ void start_weights_of(int chunk) const {
         for_parts<kParts>([&](auto part) {
-            start_weights<Shape, Layout, part.value>(weights(chunk), c, chunk * Shape::kRows);
+            start_weights<Shape, Layout, part.value>(weights(chunk), c, chunk * Shape::kWeightRows);
             commit_async();
         });
     }

@@ -314,10 +314,7 @@ __device__ inline SharedPiece shared_piece(const void* shared) {
     return static_cast<SharedPiece>(__cvta_generic_to_shared(shared)) / 16;
 }
 #else
-struct FourWords {
-    unsigned int word[4];
-};
-using SharedPiece = const FourWords*;
+using SharedPiece = const uint4*;
 __device__ inline SharedPiece shared_piece(const void* shared) { return static_cast<SharedPiece>(shared); }
 #endif
 

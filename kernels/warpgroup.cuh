@@ -50,7 +50,7 @@ struct Warpgroups {
     static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_;
     static constexpr int kTileH = kSquaresH * kSide, kTileW = kSquaresW * kSide;
     static constexpr int kAllColumns = kN * kColumns * (kGroups / (kGroupsM * kDepth));
-    static constexpr int kRows = 2 / kDepth;  // of a square, of which a thread has sums in the end
+    static constexpr int kThreadRows = 2 / kDepth;  // of a square, of which a thread has sums in the end
     static_assert(kM * kGroupsM == kSquaresH * kSquaresW, "each square belongs to a group");
     static_assert(kGroups % (kGroupsM * kDepth) == 0, "each group has squares, columns and a depth");
 
@@ -90,7 +90,7 @@ struct PlaneDepth {
     static constexpr int kKernelW = kKernelW_, kPositions = kKernelH * kKernelW_;
     static constexpr int kShares = kShares_, kPlanes = kChunk_ / kShares;  // planes of a share
     static constexpr int kPieces = kPlanes * kPositions, kSteps = (kPieces + 1) / 2;
-    static constexpr int kRows = kShares * 2 * kSteps;  // of the weights
+    static constexpr int kWeightRows = kShares * 2 * kSteps;  // of the weights
     static constexpr bool kIsOdd = kPieces % 2 != 0;
     static_assert(kShares == 1 || (kChunk_ % kShares == 0 && !kIsOdd), "shares are alike");
 

@@ -68,8 +68,6 @@ struct Span {
     int within;  // the same in its block
     int size;
 
-    Span() = default;
-
     // Of the block from pixel `block` on.
     __device__ Span(int block, int64 block_size, int tile, int tile_size) {
         within = tile * tile_size;
@@ -350,7 +348,8 @@ struct SharedWindow {
         }
     }
     // In place of pixels outside come those at offset `other`.
-    __device__ static void fetch(Numbers& numbers, const Offsets& offsets, const Window& window, const T* tensor, int other) {
+    __device__ static void fetch_at(Numbers& numbers, const Offsets& offsets, const Window& window, const T* tensor,
+                                    int other) {
         const T* const source = tensor + window.origin;
         if (window.contains(0, 0) && window.contains(kPixels / kWidth - 1, kWidth - 1)) {
 #pragma unroll
@@ -381,15 +380,12 @@ struct SharedWindow {
 
     // Rounded to TF32.
     __device__ void put(const Numbers& numbers) const {
-#pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-            const int at = pixel(turn);
-            if (at >= kPixels) continue;
+        for_pixels([&](int turn, int pixel) {
             auto rounded = numbers.at[turn];
 #pragma unroll
             for (int i = 0; i < kPiece<T>; ++i) rounded.lane[i] = round_tf32(rounded.lane[i]);
-            store(place(at), 0, rounded);
-        }
+            store(place(pixel), 0, rounded);
+        });
     }
 
     // Turns of the threads that copy so many rows of a window at once.

@@ -281,14 +281,14 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
     if min(clocks, group_clocks) + scatter > most_clocks:
         return None
     if group_plan is not None and group_clocks < clocks:
-        instance, order = _wgmma_bottleneck_instance(problem, group_plan, dtype), Order.WARPGROUPS
+        launch = _bottleneck_launch(call, group_plan, _wgmma_bottleneck_instance(problem, group_plan, dtype), limits)
+        order = Order.WARPGROUPS
         skipped = tuple(product.packing.offset(order) for product in problem.products)
-        ready = Ready(None, group_clocks + scatter, order, skipped)
-        return _ready_bottleneck(call, group_plan, instance, limits, ready)
+        return None if launch is None else Ready(launch, group_clocks + scatter, order, skipped)
     if plan is None:
         return None
-    instance = _bottleneck_instance(problem, plan, dtype)
-    return _ready_bottleneck(call, plan, instance, limits, Ready(None, clocks + scatter))
+    launch = _bottleneck_launch(call, plan, _bottleneck_instance(problem, plan, dtype), limits)
+    return None if launch is None else Ready(launch, clocks + scatter)
 
 
 def _bottleneck_instance(problem: BottleneckProblem, plan: BottleneckPlan, dtype: np.dtype[Any]) -> Instance:
@@ -306,21 +306,16 @@ def _wgmma_bottleneck_instance(problem: BottleneckProblem, plan: WgmmaBottleneck
     return wgmma_bottleneck_instance(dtype, numbers, layouts, (first, third))
 
 
-def _ready_bottleneck(
-    call: BottleneckCall,
-    plan: BottleneckPlan | WgmmaBottleneckPlan,
-    instance: Instance,
-    limits: DeviceLimits,
-    ready: Ready,
-) -> Ready | None:
-    """With its launch, unless that is in place and not all CTAs run at the same time."""
+def _bottleneck_launch(
+    call: BottleneckCall, plan: BottleneckPlan | WgmmaBottleneckPlan, instance: Instance, limits: DeviceLimits
+) -> Launch | None:
+    """A CTA for each tile; None in place if not all of them run at the same time."""
     ctas, meets_on = call.rows * plan.ctas, call.device if call.in_place else -1
     # The driver has the last word on that. The plan has answered it already, so that no kernel is compiled here only to
     # be turned down.
     if call.in_place and ctas > _jit.ctas_that_fit(instance, THREADS, plan.shared) * limits.multiprocessors:
         return None
-    argument = _bottleneck_argument(call, plan.tiles)
-    return ready._replace(launch=Launch(instance, (ctas, 1, 1), plan.shared, argument, meets_on))
+    return Launch(instance, (ctas, 1, 1), plan.shared, _bottleneck_argument(call, plan.tiles), meets_on)
 
 
 def _bottleneck_argument(call: BottleneckCall, tiles: Pair) -> Template:

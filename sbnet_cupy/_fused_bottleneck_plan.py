@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from ._fused_bottleneck_products import IMAGES, Product, products_of, ranked_layouts
 from ._fused_clocks import Clocks
@@ -78,13 +78,7 @@ def plan_bottleneck(
 
     `image`: the pixels of an image. In place, all CTAs have to run at the same time.
     """
-    timed = (
-        (plan, bottleneck_clocks(plan, problem, rows, image, limits))
-        for plan in bottleneck_plans(problem, limits)
-        if are_enough(rows * plan.ctas, plan.resident, limits)
-        and not (in_place and rows * plan.ctas > plan.resident * limits.multiprocessors)
-    )
-    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+    return fastest_whole(bottleneck_plans(problem, limits), problem, rows, image, limits, in_place)
 
 
 class WholePlan(TilePlan, Protocol):
@@ -93,6 +87,22 @@ class WholePlan(TilePlan, Protocol):
     @property
     def tile(self) -> Pair:
         """Pixels of a tile."""
+
+
+Whole = TypeVar("Whole", bound=WholePlan)
+
+
+def fastest_whole(
+    plans: Iterable[Whole], problem: BottleneckProblem, rows: int, image: Pair, limits: DeviceLimits, in_place: bool
+) -> tuple[Whole | None, float]:
+    """The plan that the model takes for fastest for so many blocks, and its clocks; None if there is none."""
+    timed = (
+        (plan, bottleneck_clocks(plan, problem, rows, image, limits))
+        for plan in plans
+        if are_enough(rows * plan.ctas, plan.resident, limits)
+        and not (in_place and rows * plan.ctas > plan.resident * limits.multiprocessors)
+    )
+    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
 
 
 def bottleneck_clocks(

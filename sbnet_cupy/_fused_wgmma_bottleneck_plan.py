@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ._fused_bottleneck_plan import BottleneckProblem, bottleneck_clocks, halo_of
+from ._fused_bottleneck_plan import BottleneckProblem, fastest_whole, halo_of
 from ._fused_clocks import Clocks
 from ._fused_plan import DeviceLimits, Pair, alone
 from ._fused_wgmma_plan import COLUMN_COUNTS, GROUPS, SIDE, GroupLayout, piece_planes, product_clocks
@@ -75,12 +75,8 @@ def plan_wgmma_bottleneck(
 
     `image`: the pixels of an image. In place, all CTAs have to run at the same time.
     """
-    timed = (
-        (plan, _COUNTED * bottleneck_clocks(plan, problem, rows, image, limits))
-        for plan in wgmma_bottleneck_plans(problem, limits)
-        if not (in_place and rows * plan.ctas > limits.multiprocessors)
-    )
-    return min(timed, key=lambda pair: pair[1], default=(None, math.inf))
+    plan, clocks = fastest_whole(wgmma_bottleneck_plans(problem, limits), problem, rows, image, limits, in_place)
+    return plan, _COUNTED * clocks
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +21,10 @@ from fused_cases import host_products, planned
 from nvrtc import CompileException, Resources, compile_for
 
 import sbnet_cupy
-from sbnet_cupy import BlockIndices, BottleneckWeights, _instances
+from sbnet_cupy import BlockIndices, BottleneckWeights, _fused, _instances
+from sbnet_cupy._fused_bottleneck_plan import BottleneckProblem
 from sbnet_cupy._fused_plan import DeviceLimits
+from sbnet_cupy._fused_wgmma_bottleneck_plan import wgmma_bottleneck_plans
 from sbnet_cupy._instances import Instance, Walk
 from sbnet_cupy._sources import kernel_folder
 
@@ -203,7 +205,7 @@ def kernel_of(instance: Instance) -> str:
 
 
 def compile_all(architecture: str, instances: Iterable[Instance]) -> list[Resources]:
-    by_source = groupby(sorted(instances), key=lambda instance: instance.source)
+    by_source = itertools.groupby(sorted(instances), key=lambda instance: instance.source)
     groups = []
     for _, members in by_source:
         listed = list(members)
@@ -256,6 +258,22 @@ def test_headers_compile_alone() -> None:
     for path in sorted(kernel_folder().iterdir()):
         if path.suffix in (".cu", ".cuh"):
             _NVRTCProgram(f'#include "{path.name}"\n', "alone.cu", method="cubin").compile(options)
+
+
+def test_shared_memory_of_bottlenecks_by_warpgroups() -> None:
+    """The host asks for as many bytes as the kernel lays out."""
+    # Without room for a second CTA, so that none is asked for to be alone.
+    limits, asserts = DeviceLimits(132, 227 << 10, 2 << 10, 90), []
+    for channels, inner, ksize, itemsize in itertools.product((96, 192, 208), (24, 48), ((3, 3), (1, 2)), (2, 4)):
+        problem = BottleneckProblem(channels, inner, itemsize, ksize, (24, 24), True)
+        for plan in wgmma_bottleneck_plans(problem, limits):
+            instance = _fused._wgmma_bottleneck_instance(problem, plan, np.dtype(f"f{itemsize}"))
+            _, _, shape = instance.expression[:-1].partition(", ")
+            asserts.append(f"static_assert({shape}::kBytes == {plan.shared});")
+    assert len(asserts) > 50
+    compile_for("sm_90", [instance], extra="\n".join(asserts))
+    with pytest.raises(CompileException, match="static assertion failed"):
+        compile_for("sm_90", [instance], extra=asserts[0].replace("==", "!="))
 
 
 def test_a_spill_would_be_seen() -> None:

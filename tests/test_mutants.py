@@ -1653,7 +1653,7 @@ wgmma-window-of-a-chunk: conv_wgmma.cu, conv_wgmma
 + const int channel = chunk * 0,
 
 wgmma-weights-of-a-chunk: conv_wgmma.cu, conv_wgmma
-- start_weights<Shape, Layout, part.value>(weights(chunk), c, chunk * Shape::kRows);
+- start_weights<Shape, Layout, part.value>(weights(chunk), c, chunk * Shape::kWeightRows);
 + start_weights<Shape, Layout, part.value>(weights(chunk), c, 0);
 
 wgmma-weights-of-a-split: conv_wgmma.cu, conv_wgmma
@@ -1925,10 +1925,10 @@ bottleneck-norms: bottleneck.cu, bottleneck
 + layout1, sums1, scale3, shift3,
 
 bottleneck-shortcuts-place: bottleneck.cu, bottleneck
-- WindowRows::offset(static_cast<int>(b.height.pad), static_cast<int>(b.width.pad))
-+ WindowRows::offset(static_cast<int>(b.height.pad), 0)
+- WindowRows::offset(y.first - top, x.first - left)
++ WindowRows::offset(y.first - top, 0)
 
-bottleneck-window: bottleneck.cuh, bottleneck
+bottleneck-window: bottleneck.cu, bottleneck
 - left = x.first - static_cast<int>(b.width.pad);
 + left = x.first;
 
@@ -1965,7 +1965,7 @@ groups-count: bottleneck_wgmma.cu, bottleneck_wgmma
 + b.rows * b.tiles;
 
 groups-blocks-that-do-not-exist: bottleneck_wgmma.cu, bottleneck_wgmma
-- if (!(is_listed & tile.exists)) {
+- if (!(is_listed & exists & (y.size > 0) & (x.size > 0))) {
 + if (!is_listed) {
 
 groups-meeting-without-a-tile: bottleneck_wgmma.cu, bottleneck_wgmma
@@ -1975,6 +1975,10 @@ groups-meeting-without-a-tile: bottleneck_wgmma.cu, bottleneck_wgmma
 groups-meeting-not-left: bottleneck_wgmma.cu, bottleneck_wgmma
 - if (b.meeting != nullptr && threadIdx.x == 0) leave(b, tiles); } }
 + } }
+
+groups-window: bottleneck_wgmma.cu, bottleneck_wgmma
+- y.first - pad_h, x.first - pad_w);
++ y.first - pad_h, x.first);
 
 groups-window-outside: window.cuh, bottleneck_wgmma
 - const bool inside = window.contains(pixel(turn) / kWidth, pixel(turn) % kWidth);
@@ -2025,8 +2029,8 @@ groups-barrier-of-the-middle: bottleneck_wgmma.cu, bottleneck_wgmma
 + wait_at(gates + 1);
 
 groups-barrier-of-the-tile: bottleneck_wgmma.cu, bottleneck_wgmma
-- __syncthreads(); // Asked for early
-+ // Asked for early
+- __syncthreads(); bool may = may_write(b, tiles);
++ bool may = may_write(b, tiles);
 
 groups-norms: bottleneck_wgmma.cu, bottleneck_wgmma
 - middle, sums, layout, scale2, shift2,
