@@ -314,7 +314,10 @@ __device__ inline SharedPiece shared_piece(const void* shared) {
     return static_cast<SharedPiece>(__cvta_generic_to_shared(shared)) / 16;
 }
 #else
-using SharedPiece = const uint4*;
+struct FourWords {
+    unsigned int word[4];
+};
+using SharedPiece = const FourWords*;
 __device__ inline SharedPiece shared_piece(const void* shared) { return static_cast<SharedPiece>(shared); }
 #endif
 
