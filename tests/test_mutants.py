@@ -100,6 +100,7 @@ def fused_families() -> dict[str, list[FusedCase]]:
         "pack": list(PACKINGS),
         "conv_plain": some(convs, "pads 2x5"),
         "conv": some(convs, "nchw-stride misaligned 1x1-stride hostile counted"),
+        "conv_depth": some(convs, "3x3-ragged"),
         "conv_chunks": some(convs, "chunks-5x5 split-chunks split tiles"),
         "conv_wgmma": [
             *some(convs, "wgmma wgmma-ragged wgmma-parts wgmma-chunks wgmma-columns wgmma-counted wgmma-hostile"),
@@ -1625,8 +1626,8 @@ rounding-of-the-window: window.cuh, conv_wgmma
 + rounded.lane[i] *= 0.99f;
 
 fetched-beyond: window.cuh, conv_wgmma
-- at < kPixels && begin < channels && window.contains(y, x);
-+ at < kPixels && begin < channels;
+- (at < kPixels) & (begin < channels) & window.contains(y, x);
++ (at < kPixels) & (begin < channels);
 
 wgmma-barrier: conv_wgmma.cu, conv_wgmma
 - show_to_warpgroups(); __syncthreads();
@@ -1860,7 +1861,7 @@ conv-residual-of-the-next: window.cuh, layers
 - next = bring(pixels_of(depth / kN), depth % kN);
 + next = bring(pixels_of(0), 0);
 
-conv-tile-of-a-row: conv.cuh, conv_plain
+conv-tile-of-a-row: conv.cuh, conv_depth
 - int n = first + k;
 + int n = k;
 
@@ -2234,18 +2235,23 @@ def parse(table: str) -> list[Mutant]:
     return [Mutant(*entry.groups("")) for entry in entries if entry]
 
 
-def mutate(mutant: Mutant, folder: Path) -> Path:
-    """A copy of the kernels with the mistake."""
-    shutil.copytree(kernel_folder(), folder)
-    path = folder / mutant.file
+def mutated_text(mutant: Mutant) -> str:
+    """Its file with the mistake."""
     pattern = r"\s+".join(map(re.escape, mutant.old.split()))
-    text, count = re.subn(pattern, lambda _: mutant.new, path.read_text())
+    text, count = re.subn(pattern, lambda _: mutant.new, (kernel_folder() / mutant.file).read_text())
     if count != 1:
         raise LookupError(
             f"mutant {mutant.name}: the text that it changes stands {count} times in {mutant.file}, not once. Where "
             f"the kernel has changed, adapt the mutant: {mutant.old}"
         )
-    path.write_text(text)
+    return text
+
+
+def mutate(mutant: Mutant, folder: Path) -> Path:
+    """A copy of the kernels with the mistake."""
+    text = mutated_text(mutant)
+    shutil.copytree(kernel_folder(), folder)
+    (folder / mutant.file).write_text(text)
     return folder
 
 
@@ -2291,6 +2297,12 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_calls_of_a_family_pass_without_a_mistake(name: str) -> None:
     cpu_cuda.build({instance for call in families()[name] for instance in call.kernels()})
     assert first_sign(families()[name], None) == ""
+
+
+def test_every_mutant_changes_one_place() -> None:
+    """Those that the sample leaves out, too."""
+    names = [mutant.name for mutant in parse(MUTANTS) + parse(SURVIVORS) if mutated_text(mutant)]
+    assert len(set(names)) == len(names)
 
 
 #: Each mutant is compiled anew, which takes about a second: by default every fifth one is, a sample of every file.
