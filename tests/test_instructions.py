@@ -1,12 +1,13 @@
 """How many instructions the compiler makes of kernels that run for microseconds. Needs no GPU.
 
 Such kernels take as long as their instructions: twice, some hundred more went unnoticed until times showed them. Bounds
-are 7 to 10 % above what CUDA 13.5 makes of them.
+are 3 to 12 % above what CUDA 13.5 makes of them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Bounds(NamedTuple):
     """Instructions of a kernel, at most."""
 
     instance: Instance
-    #: In all, and behind the last product.
+    #: In all, and from the last product to the last result. Behind that are ways out, also of a CTA without a tile.
     total: int
     results: int
     #: From a product to the next one. Those of warps load matrices in between.
@@ -64,13 +65,13 @@ KERNELS = {
             resident=1,
         ),
         1050,
-        345,
+        325,
     ),
     "conv 200x350x48 tf32": Bounds(
-        conv_wgmma(FLOAT, GroupLayout((1, 1), 1, 6, groups_m=1, depth=2), (3, 3, 12, 1, 1)), 1260, 220, 5
+        conv_wgmma(FLOAT, GroupLayout((1, 1), 1, 6, groups_m=1, depth=2), (3, 3, 12, 1, 1)), 1260, 204, 5
     ),
     "conv 200x350x48 float16": Bounds(
-        conv_wgmma(HALF, GroupLayout((1, 1), 1, 3, groups_m=1, depth=1), (3, 3, 6, 1, 1)), 880, 162, 5
+        conv_wgmma(HALF, GroupLayout((1, 1), 1, 3, groups_m=1, depth=1), (3, 3, 6, 1, 1)), 880, 143, 5
     ),
     "bottleneck 400x700x96/24 float16": Bounds(
         bottleneck(
@@ -80,7 +81,7 @@ KERNELS = {
             near=7,
         ),
         1900,
-        300,
+        222,
     ),
     "bottleneck 200x350x192/48 tf32": Bounds(
         wgmma_bottleneck_instance(
@@ -90,7 +91,7 @@ KERNELS = {
             (1, 1),
         ),
         3150,
-        580,
+        493,
     ),
 }
 
@@ -103,7 +104,11 @@ def test_no_more_instructions(name: str) -> None:
     found = instructions_of("sm_90", bounds.instance)
     products = [k for k, instruction in enumerate(found) if instruction.startswith(("HMMA", "HGMMA"))]
     steps = [after - before for before, after in itertools.pairwise(products)]
-    print(f"{name}: {len(found)} instructions, {len(found) - products[-1]} behind {len(products)} products")
+    behind = [instruction.split()[0] for instruction in found[products[-1] :]]
+    # Most are of one kind; a bottleneck's counts of a meeting are of another.
+    (store, _), *_ = Counter(kind for kind in behind if kind.startswith("STG")).most_common()
+    results = len(behind) - 1 - behind[::-1].index(store)
+    print(f"{name}: {len(found)} instructions, {results} behind {len(products)} products")
     assert len(found) <= bounds.total
-    assert len(found) - products[-1] <= bounds.results
+    assert results <= bounds.results
     assert bounds.step is None or max(steps) <= bounds.step
