@@ -50,8 +50,8 @@ def plotted(rows: Sequence[dict[str, Any]], role: str, column: str) -> list[dict
         and row["parameters"].get(column) is not None
         and row["speedup"] is not None
         and row["check"] == "equal"
-        # Of the sweeps, only that over the mask of the curve.
-        and row["parameters"].get("sparsity") is not None
+        # Of the sweeps, only that of the goals' mask.
+        and (role != "sweep" or row["parameters"]["sparsity"] == GOAL_SPARSITY)
     ]
 
 

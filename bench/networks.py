@@ -1,7 +1,7 @@
 """Single convolutions and residual bottlenecks on active blocks, beside dense networks and submanifold ones.
 
 One task is one stage of a network in one precision: the dense network, a sweep over block sizes, a curve over
-sparsities, and what else is told apart at the sparsity of the goals.
+sparsities, each at the best block size for it, and what else is told apart at the sparsity of the goals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,8 +51,10 @@ from .timing import GRAPH_CALLS, Call, Capture, Run, time_captured, time_eager, 
 
 Array = np.ndarray[Any, Any]
 
-#: Samples of one figure of the sweep over block sizes, which is there to choose one.
+#: Samples of one figure of a sweep over block sizes, which is there to choose one.
 SWEEP_REPEATS = 5
+#: Block sizes that the other masks of the curve choose among: so many that were fastest at the sparsity of the goals.
+SHORTLIST = 6
 #: Active parts of the images that calls take in turn, in bytes: several times the 60 MB of an H200's L2.
 ROTATED_BYTES = 240e6
 #: Images to take in turn, at most: those of small stages then stay in part in the L2, and their row says how large.
@@ -220,30 +222,20 @@ class _Bench:
 
     def rows(self) -> Iterator[Row]:
         yield from self.dense_rows()
-        mask = top_left_case(GOAL_SPARSITY)
-        swept = self.sweep_rows(mask, self.network.block_sizes(self.run.quick))
+        goal = top_left_case(GOAL_SPARSITY)
+        swept = self.sweep_rows(goal, self.network.block_sizes(self.run.quick))
         yield from swept
-        best = fastest_size(swept)
-        if best is None:  # every size failed, and its row says why
+        sizes = fastest_sizes(swept)
+        if not sizes:  # every one failed, and its row says why
             return
-        self._compile_curve(best)
         for sparsity in self.network.sparsities(self.run.quick):
-            yield from self._timed(top_left_case(sparsity), best, role="curve", with_goal=True)
-            if sparsity == GOAL_SPARSITY and self.network.is_main and not self.run.quick:
-                yield from self._engine_rows(mask, best)
-            if sparsity == GOAL_SPARSITY and self.network.is_detailed:
-                yield from self.detail_rows(mask, best)
-                yield from self.submanifold_rows(mask)
+            if sparsity == GOAL_SPARSITY:
+                yield from self.goal_rows(goal, sizes[0])
+            else:
+                yield from self.best_rows(top_left_case(sparsity), sizes[:SHORTLIST], "curve")
         if self.network.is_detailed:
             for real in REAL_MASKS:
                 yield from self.real_rows(real)
-
-    def _compile_curve(self, size: int) -> None:
-        """Compile what the curve asks for: how many blocks there are decides how a fused kernel cuts its work."""
-        height, width = self.network.shape[1:3]
-        cases = (top_left_case(sparsity) for sparsity in self.network.sparsities(self.run.quick))
-        params = self.network.params(size)
-        compile_ahead([Sparse(self.scene, case.make(height, width), params) for case in cases], self.run.stream)
 
     def dense_rows(self) -> Iterator[Row]:
         """The dense networks, PyTorch's and this library's."""
@@ -275,6 +267,24 @@ class _Bench:
             rows.append(attempt(self._case(f"block sizes, {mask.name}"), OURS, make, clock, self.run, **fields))
         return rows
 
+    def best_rows(self, mask: MaskCase, sizes: Sequence[int], role: str) -> Generator[Row, None, int | None]:
+        """A mask at the best of some block sizes for it, which is returned; None where all failed."""
+        swept = self.sweep_rows(mask, sizes)
+        yield from swept
+        best = next(iter(fastest_sizes(swept)), None)
+        if best is not None:
+            yield from self._timed(mask, best, role=role, with_goal=True)
+        return best
+
+    def goal_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
+        """The figure that has a goal, and what is told apart there."""
+        yield from self._timed(mask, size, role="curve", with_goal=True)
+        if self.network.is_main and not self.run.quick:
+            yield from self._engine_rows(mask, size)
+        if self.network.is_detailed:
+            yield from self.detail_rows(mask, size)
+            yield from self.submanifold_rows(mask)
+
     def real_rows(self, mask: MaskCase) -> Iterator[Row]:
         """A mask with structure, at the best of the even block sizes for it."""
         if self.run.quick:
@@ -282,14 +292,11 @@ class _Bench:
         else:
             sizes = tuple(size for size in self.network.block_sizes(quick=False) if size % 2 == 0)
         try:
-            swept = self.sweep_rows(mask, sizes)
+            best = yield from self.best_rows(mask, sizes, "mask")
         except ImportError as error:  # the photograph comes with a package
             yield Row(self._case(mask.name), mask.name, note=explain(error))
             return
-        yield from swept
-        best = fastest_size(swept)
         if best is not None:
-            yield from self._timed(mask, best, role="mask", with_goal=True)
             yield from self._timed(mask, best, "with reduce_mask", role="mask", reduce_mask=True)
 
     def detail_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
@@ -408,12 +415,10 @@ def _contender(sparse: Sparse | Exception) -> Contender | Absent:
     return sparse.contender()
 
 
-def fastest_size(rows: Sequence[Row]) -> int | None:
-    """The block size of the fastest right row; None where there is none."""
+def fastest_sizes(rows: Sequence[Row]) -> list[int]:
+    """The block sizes of right rows, the fastest first."""
     timed = [row for row in rows if row.median_us is not None and not row.failed]
-    if not timed:
-        return None
-    return int(min(timed, key=lambda row: row.median_us or math.inf).parameters["bsize"])
+    return [int(row.parameters["bsize"]) for row in sorted(timed, key=lambda row: row.median_us or math.inf)]
 
 
 @contextlib.contextmanager

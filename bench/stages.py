@@ -86,7 +86,7 @@ QUICK_SIZES = (10, 18)
 
 SPARSITIES = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FEW_SPARSITIES = (0.6, 0.9, 0.99)
-#: The sparsity of the goals and of the sweep over block sizes.
+#: The sparsity of the goals and of the sweep over all block sizes.
 GOAL_SPARSITY = 0.9
 
 #: Times in microseconds to reach with 90% sparsity, by kind: (TF32, float16) of the four stages.

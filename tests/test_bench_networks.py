@@ -364,15 +364,15 @@ class TestRows:
     def test_no_speedup_without_dense(self) -> None:
         assert networks.with_speedups([row(table.OURS, 1.0)]) == [row(table.OURS, 1.0)]
 
-    def test_the_fastest_size_is_right(self) -> None:
+    def test_the_fastest_sizes_are_right(self) -> None:
         rows = [
             row(table.OURS, 1.0, check="WRONG", parameters={"bsize": 5}),
             row(table.OURS, None, check="failed: no", parameters={"bsize": 6}),
             row(table.OURS, 3.0, parameters={"bsize": 7}),
             row(table.OURS, 2.0, parameters={"bsize": 8}),
         ]
-        assert networks.fastest_size(rows) == 8
-        assert networks.fastest_size(rows[:2]) is None
+        assert networks.fastest_sizes(rows) == [8, 7]
+        assert networks.fastest_sizes(rows[:2]) == []
 
     def test_a_contender_that_cannot_be_made(self) -> None:
         def broken() -> Any:
@@ -429,8 +429,30 @@ class TestRuns:
     def test_other_stages_are_measured_in_short(self) -> None:
         rows = self.measure(number=1)
         ours = [r for r in rows if r.implementation == table.OURS]
-        assert [r.parameters["role"] for r in ours] == ["sweep"] * 2 + ["curve"] * len(stages.FEW_SPARSITIES)
+        at_best = ["sweep", "sweep", "curve"]
+        assert [r.parameters["role"] for r in ours] == ["sweep"] * 2 + at_best + ["curve"] + at_best
+        assert [r.parameters["sparsity"] for r in ours] == [0.9] * 2 + [0.6] * 3 + [0.9] + [0.99] * 3
         assert not any(r.implementation.startswith("submanifold") for r in rows)
+
+    def test_every_mask_is_at_the_best_size_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        best = {0.6: 8, 0.7: 8, 0.8: 7, 0.9: 7, 0.95: 6, 0.99: 5}
+        attempt = networks.attempt
+
+        def attempt_in_made_up_time(*arguments: Any, **fields: Any) -> table.Row:
+            tried = fields["parameters"]
+            made = attempt(*arguments, **fields)
+            if tried.get("role") != "sweep" or tried["sparsity"] is None:
+                return made
+            return replace(made, median_us=1.0 + abs(tried["bsize"] - best[tried["sparsity"]]))
+
+        monkeypatch.setattr(networks, "attempt", attempt_in_made_up_time)
+        monkeypatch.setattr(networks, "SHORTLIST", 3)
+        found = {role: {s: set() for s in best} for role in ("sweep", "curve")}
+        for r in self.measure():
+            if r.parameters.get("role") in found and r.parameters["sparsity"] is not None:
+                found[r.parameters["role"]][r.parameters["sparsity"]].add(r.parameters["bsize"])
+        assert found["sweep"] == {s: {5, 6, 7, 8} if s == 0.9 else {6, 7, 8} for s in best}
+        assert found["curve"] == {0.6: {8}, 0.7: {8}, 0.8: {7}, 0.9: {7}, 0.95: {6}, 0.99: {6}}  # 5 is not on the list
 
     def test_a_block_size_that_fails_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = Sparse.in_place
@@ -624,7 +646,8 @@ def made_up_results(kind: str) -> dict[str, Any]:
         }
         points = [("curve", {"sparsity": s, "bsize": 18}, 0.5 / (1 - s)) for s in network.sparsities(False)]
         points += [("sweep", {"sparsity": 0.9, "bsize": b}, 5 - abs(b - 18) / 8) for b in network.block_sizes(False)]
-        points += [("sweep", {"sparsity": None, "bsize": 10}, 1.0), ("detail", {"sparsity": 0.9, "bsize": 10}, 1.0)]
+        points += [("sweep", {"sparsity": s, "bsize": 10}, 1.0) for s in (None, 0.6)]
+        points += [("detail", {"sparsity": 0.9, "bsize": 10}, 1.0)]
         for role, fields, speedup in points:
             median = 100 / speedup
             clock = timing.Timing(median, 0.8 * median, 1.25 * median, 25, "graph")
