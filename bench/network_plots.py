@@ -56,10 +56,10 @@ def plotted(rows: Sequence[dict[str, Any]], role: str, column: str) -> list[dict
 
 
 def series(rows: Sequence[dict[str, Any]], column: str) -> dict[str, Line]:
-    """By stage: places, speed-ups, and how far the 10th and the 90th percentile lie from them."""
-    lines: dict[str, Line] = {}
+    """By stage, in the order of the rows: places, speed-ups, and how far the 10th and the 90th percentile lie away."""
+    lines: dict[str, Line] = {row["parameters"]["stage"]: ([], [], [], []) for row in rows}
     for row in sorted(rows, key=lambda row: float(row["parameters"][column])):
-        x, y, below, above = lines.setdefault(row["parameters"]["stage"], ([], [], [], []))
+        x, y, below, above = lines[row["parameters"]["stage"]]
         speedup = row["speedup"]
         x.append(float(row["parameters"][column]))
         y.append(speedup)

@@ -678,6 +678,13 @@ class TestPlots:
         assert below[0] == pytest.approx(y[0] * (1 - 1 / 1.25))
         assert above[0] == pytest.approx(y[0] * (1 / 0.8 - 1))
 
+    def test_a_stage_has_one_colour(self) -> None:
+        results = made_up_results("conv")["results"]
+        for role, column in (("curve", "sparsity"), ("sweep", "bsize")):
+            rows = network_plots.plotted(results, role, column)
+            stage = [r for r in rows if r["parameters"]["network"] == "resnet-v2"]
+            assert list(network_plots.series(stage, column)) == ["400x700x24", "200x350x48", "100x175x64", "50x88x96"]
+
     def test_what_is_left_out(self) -> None:
         results = made_up_results("conv")["results"]
         count = len(network_plots.plotted(results, "sweep", "bsize"))
