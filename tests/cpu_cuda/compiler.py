@@ -68,7 +68,8 @@ class Order:
     #: Whether warps take turns. Else each runs ahead of the others for as long as it can.
     warps_alternate: bool = False
     at_end: bool = True
-    #: CPU time after which a launch counts as hung; 0 waits for ever, as one wants it under a debugger.
+    #: CPU time after which a launch counts as hung: ten times what the longest one takes, since machines differ.
+    #: 0 waits for ever, as one wants it under a debugger.
     seconds: int = 20
 
 
