@@ -262,9 +262,9 @@ def _listed_clocks(
 
 
 def _as_listed(plans: Sequence[Any], every: Iterable[Any]) -> Iterator[Any]:
-    """Plans with their clocks, from among those that the model lists."""
-    found = {numbers_of(plan): plan for plan in every}
-    return (found[numbers_of(plan)] for plan in plans)
+    """Plans with their clocks, from among those that the model lists: clocks are a plan's last field."""
+    found = {plan[:-1]: plan for plan in every}
+    return (found[plan[:-1]] for plan in plans)
 
 
 def numbers_of(plan: Any) -> tuple[int, ...]:
