@@ -2281,7 +2281,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
         def finish(mutant: Mutant) -> Path:
             if mutant.name not in builds:
-                mutate(mutant, folder / f"{mutant.name}-again")
+                mutated_text(mutant)  # says why
             for build in builds[mutant.name]:
                 build.result()
             path = folder / mutant.name
