@@ -223,15 +223,12 @@ class _Bench:
     def rows(self) -> Iterator[Row]:
         yield from self.dense_rows()
         goal = top_left_case(GOAL_SPARSITY)
-        swept = self.sweep_rows(goal, self.network.block_sizes(self.run.quick))
-        yield from swept
-        sizes = fastest_sizes(swept)
+        sizes = yield from self.best_rows(goal, self.network.block_sizes(self.run.quick), "curve")
         if not sizes:  # every one failed, and its row says why
             return
+        yield from self.goal_rows(goal, sizes[0])
         for sparsity in self.network.sparsities(self.run.quick):
-            if sparsity == GOAL_SPARSITY:
-                yield from self.goal_rows(goal, sizes[0])
-            else:
+            if sparsity != GOAL_SPARSITY:
                 yield from self.best_rows(top_left_case(sparsity), sizes[:SHORTLIST], "curve")
         if self.network.is_detailed:
             for real in REAL_MASKS:
@@ -267,18 +264,17 @@ class _Bench:
             rows.append(attempt(self._case(f"block sizes, {mask.name}"), OURS, make, clock, self.run, **fields))
         return rows
 
-    def best_rows(self, mask: MaskCase, sizes: Sequence[int], role: str) -> Generator[Row, None, int | None]:
-        """A mask at the best of some block sizes for it, which is returned; None where all failed."""
+    def best_rows(self, mask: MaskCase, sizes: Sequence[int], role: str) -> Generator[Row, None, list[int]]:
+        """A mask at the best of some block sizes for it. Returns those that did not fail, the fastest first."""
         swept = self.sweep_rows(mask, sizes)
         yield from swept
-        best = next(iter(fastest_sizes(swept)), None)
-        if best is not None:
+        right = fastest_sizes(swept)
+        for best in right[:1]:
             yield from self._timed(mask, best, role=role, with_goal=True)
-        return best
+        return right
 
     def goal_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
-        """The figure that has a goal, and what is told apart there."""
-        yield from self._timed(mask, size, role="curve", with_goal=True)
+        """What is told apart at the sparsity of the goals."""
         if self.network.is_main and not self.run.quick:
             yield from self._engine_rows(mask, size)
         if self.network.is_detailed:
@@ -292,11 +288,11 @@ class _Bench:
         else:
             sizes = tuple(size for size in self.network.block_sizes(quick=False) if size % 2 == 0)
         try:
-            best = yield from self.best_rows(mask, sizes, "mask")
+            right = yield from self.best_rows(mask, sizes, "mask")
         except ImportError as error:  # the photograph comes with a package
             yield Row(self._case(mask.name), mask.name, note=explain(error))
             return
-        if best is not None:
+        for best in right[:1]:
             yield from self._timed(mask, best, "with reduce_mask", role="mask", reduce_mask=True)
 
     def detail_rows(self, mask: MaskCase, size: int) -> Iterator[Row]:
