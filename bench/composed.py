@@ -1,8 +1,8 @@
-"""Times of the composed engine in IEEE float32, to which its model is fitted.
+"""Times of the composed engine, to which its model is fitted.
 
-``python -m bench.composed`` measures it for every network of the benchmark and writes
-``bench/results/plans/composed-float32.csv``. With ``--fit``, it reads that, which needs no GPU, and prints how near the
-model is, how good a choice it makes, and its numbers as they would be nearest; they are taken over into
+``python -m bench.composed`` measures it for every network of the benchmark, with cuDNN if that is installed, and writes
+``bench/results/plans/composed.csv``. With ``--fit``, it reads that, which needs no GPU, and prints for each arithmetic
+how near the model is, and its numbers as they would be nearest; they are taken over into
 ``sbnet_cupy/_composed_clocks.py`` by hand. See ``bench.plans`` and ``bench.fit``, which do the same for the fused one.
 """
 
@@ -26,26 +26,29 @@ from .fit import H200, MHZ, Array, Number, print_fit
 from .network_data import Scene
 from .networks import Sparse, compile_ahead
 from .options import no_device
-from .plan_kinds import KINDS, Case
+from .plan_kinds import Case
 from .plans import REPEATS, cases_of
 from .record import RESULTS, machine
 from .stages import Network, networks
 from .timing import Run, free_memory, start_run, time_captured
 
-PATH = RESULTS / "plans" / "composed-float32.csv"
+PATH = RESULTS / "plans" / "composed.csv"
 
 COLUMNS = ("network", "bsize", "rows", "us", "right", "device")
 
-#: What is fitted.
-NUMBERS = [
-    Number(_composed_clocks, "_FLOAT32", part)
-    for part in ("call", "conv", "term", "products", "bytes", "matrix", "matrix_bytes")
-]
+_EVERY = ("call", "conv", "term", "products", "bytes")
+
+#: What is fitted, by precision.
+NUMBERS = {
+    "float32": [Number(_composed_clocks, "_FLOAT32", part) for part in (*_EVERY, "matrix", "matrix_bytes")],
+    "tf32": [Number(_composed_clocks, "_TF32", part) for part in _EVERY],
+    "float16": [Number(_composed_clocks, "_HALF", part) for part in _EVERY],
+}
 
 
-def float32_networks() -> list[Network]:
+def every_network() -> list[Network]:
     """Those that are measured."""
-    return [net for kind in ("conv", "bottleneck") for net in networks(kind, False) if net.precision.name == "float32"]
+    return [network for kind in ("conv", "bottleneck") for network in networks(kind, quick=False)]
 
 
 def measure(network: Network, run: Run) -> Iterator[tuple[str, ...]]:
@@ -74,42 +77,32 @@ def blocks_of(case: Case) -> FusedBlocks:
 
 
 def composed(case: Case) -> float:
-    """Clocks by the model of the composed engine as it is."""
-    return composed_clocks(blocks_of(case).stack_convs, 4, False, H200.multiprocessors)
-
-
-def fused(case: Case) -> float:
-    """Clocks by the model of the fused engine."""
-    names = ("conv-float32",) if case.network.kind == "conv" else ("bottleneck-float32", "layers-float32")
-    best = [(KINDS[name], KINDS[name].promising(case, H200)[:1]) for name in names]
-    return min(clocks for kind, plans in best for clocks in kind.clocks(plans, case, H200))
+    """Clocks by the model as it is."""
+    blocks = blocks_of(case)
+    return composed_clocks(blocks.stack_convs, case.itemsize, blocks.tf32, H200.multiprocessors)
 
 
 class Measured:
-    """The record."""
+    """The record of a precision."""
 
-    def __init__(self, path: Path) -> None:
-        by_name = {network.name: network for network in float32_networks()}
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+    def __init__(self, path: Path, precision: str) -> None:
+        by_name = {network.name: network for network in every_network() if network.precision.name == precision}
+        rows = [row for row in csv.DictReader(path.read_text().splitlines()) if row["network"] in by_name]
         self.cases = [Case(by_name[row["network"]], int(row["bsize"]), int(row["rows"])) for row in rows]
         self.times: Array = np.array([float(row["us"]) for row in rows])
         #: That all count the same.
         self.best = self.times
-        self.fused: Array = np.array([fused(case) for case in self.cases]) / MHZ
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""
         return np.array([composed(case) for case in self.cases]) / MHZ
 
     def report(self) -> str:
-        """How near the model is; and how good the choice if the fused engine takes what its own model expects."""
-        expected = self.expected()
-        errors = np.log(expected / self.times)
-        losses = np.where(self.fused < expected, self.fused, self.times) / np.minimum(self.fused, self.times)
+        """How near the model is."""
+        errors = np.log(self.expected() / self.times)
         return (
             f"{len(errors)} problems: expected {np.exp(errors.mean()):.3f} of the time, root mean square error "
-            f"{np.sqrt((errors**2).mean()):.3f}; choice {losses.mean():.4f} of the better engine's time, at most "
-            f"{losses.max():.3f}"
+            f"{np.sqrt((errors**2).mean()):.3f}"
         )
 
 
@@ -122,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=PATH, metavar="FILE", help="(default: bench/results/plans/...)")
     options = parser.parse_args(arguments)
     if options.fit:
-        print_fit(NUMBERS, Measured(options.record))
+        for precision, numbers in NUMBERS.items():
+            print(precision)
+            print_fit(numbers, Measured(options.record, precision))
         return 0
     reason = no_device()
     if reason:
@@ -130,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     rows, device = [], machine()["device"]
     with start_run(quick=True) as run:
-        for network in tqdm(float32_networks(), unit="network"):
+        for network in tqdm(every_network(), unit="network"):
             rows += [(*row, device) for row in measure(network, run)]
             free_memory()
     options.record.parent.mkdir(parents=True, exist_ok=True)

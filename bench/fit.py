@@ -110,10 +110,10 @@ NUMBERS = {
             parts=("products", "step", "rows", "weights", "near", "exchange", "exchanged"),
         ),
         *_numbers(_fused_bottleneck_products, "IMAGES", "_ACTIVATION", "_COPIES", "_SECOND_EXCHANGE"),
-        *_numbers(_fused_bottleneck_plan, "_WAITS"),
+        *_numbers(_fused_bottleneck_plan, "_WAITS", "_SCATTER", "_SCATTERED"),
     ],
     "wgmma-bottleneck": [
-        *_numbers(_fused_wgmma_bottleneck_plan, "_WAITS", "_WEIGHTS", "_WRITTEN"),
+        *_numbers(_fused_wgmma_bottleneck_plan, "_WAITS", "_WEIGHTS", "_WRITTEN", "_CACHED"),
         *_numbers(_fused_wgmma_bottleneck_plan, "_BROUGHT", parts=(2, 4)),
     ],
     "layers": _numbers(_fused_conv_plan, "_PIXEL_CHUNK", "_RESIDUAL"),

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from sbnet_cupy import _fused_conv_plan, _fused_wgmma_plan
+from sbnet_cupy import _fused_conv_plan, _fused_wgmma_bottleneck_plan, _fused_wgmma_plan
 from sbnet_cupy._fused_bottleneck_plan import (
-    SCATTER,
     BottleneckPlan,
     BottleneckProblem,
     WholePlan,
     bottleneck_clocks,
     bottleneck_plans,
+    scatter_clocks,
     tile_clocks,
 )
 from sbnet_cupy._fused_clocks import Clocks, LaunchClocks
@@ -89,6 +89,9 @@ class Kind(ABC):
     #: Kind of the networks that it computes, and what chooses its plans, in sbnet_cupy._fused.
     network: ClassVar[str]
     planner: ClassVar[str]
+
+    #: What it counts for, of what is expected, where it is held against other ways.
+    counted: ClassVar[float] = 1
 
     @abstractmethod
     def promising(self, case: Case, limits: DeviceLimits) -> list[Any]:
@@ -186,6 +189,7 @@ class WgmmaBottleneck(OneLaunch):
     """The bottleneck by warpgroups, in one launch."""
 
     network, planner = "bottleneck", "plan_wgmma_bottleneck"
+    counted = _fused_wgmma_bottleneck_plan.COUNTED
 
     def plans(self, case: Case, limits: DeviceLimits) -> Iterable[WgmmaBottleneckPlan]:
         return wgmma_bottleneck_plans(case.bottleneck, limits)
@@ -246,8 +250,10 @@ KINDS: dict[str, Kind] = {
 
 def _whole_clocks(plan: WholePlan, case: Case, limits: DeviceLimits) -> float:
     """Of a bottleneck in one launch: to a stack, where its CTAs are too many to run all at once, in place."""
-    clocks = bottleneck_clocks(plan, case.bottleneck, case.rows, case.network.shape[1:3], limits)
-    return clocks + (SCATTER if case.rows * plan.ctas > plan.resident * limits.multiprocessors else 0)
+    problem = case.bottleneck
+    clocks = bottleneck_clocks(plan, problem, case.rows, case.network.shape[1:3], limits)
+    in_place = case.rows * plan.ctas <= plan.resident * limits.multiprocessors
+    return clocks + (0 if in_place else scatter_clocks(problem, case.rows, limits))
 
 
 def _conv_clocks(plans: Sequence[ConvPlan], problem: ConvProblem, rows: int, limits: DeviceLimits) -> list[float]:

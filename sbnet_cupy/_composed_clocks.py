@@ -52,12 +52,10 @@ class _Rates(NamedTuple):
     matrix_bytes: float = math.inf
 
 
-# Of tensor cores: fitted to 674 problems of the benchmark with cuDNN installed, within 10 to 12 % (root mean square).
-# Of IEEE float32, which cuBLAS multiplies: fitted by `python -m bench.composed --fit`.
-_RATES = {
-    "half": _Rates(11450, 6340, 7.0, 1713, 17.7, 128),
-    "tf32": _Rates(8130, 7970, 7.2, 661, 18.7, 128),
-}
+# Fitted by `python -m bench.composed --fit` to what that has measured on H200s: with cuDNN on tensor cores, with cuBLAS
+# in IEEE float32. docs/performance.md says how near it is.
+_HALF = _Rates(9940, 10010, 5.85, 1375, 19.2, 128)
+_TF32 = _Rates(8130, 10590, 7.84, 694, 18.4, 128)
 _FLOAT32 = _Rates(18300, 8040, 18.6, 95.7, 17.5, 64, matrix=2890, matrix_bytes=30.2)
 
 
@@ -70,7 +68,7 @@ def composed_clocks(convs: Sequence[StackConv], itemsize: int, tf32: bool, multi
         pixels = [conv.source // math.prod(conv.strides) for conv in convs]  # also where a kernel leaves its block
         moved = sum(map(_matrix_numbers, convs, pixels)) / rates.matrix_bytes
     else:
-        rates, waits = _RATES["half" if itemsize == 2 else "tf32"], 0.0
+        rates, waits = _HALF if itemsize == 2 else _TF32, 0.0
         pixels = [conv.target for conv in convs]
         moved = sum(_numbers(conv) for conv in convs) / rates.bytes
     products = sum(

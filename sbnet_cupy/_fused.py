@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _jit, _meetings
 from ._affine import IDENTITY, Affine
-from ._fused_bottleneck_plan import SCATTER, BottleneckPlan, BottleneckProblem, plan_bottleneck
+from ._fused_bottleneck_plan import BottleneckPlan, BottleneckProblem, plan_bottleneck, scatter_clocks
 from ._fused_conv_plan import ConvPlan, ConvProblem, plan_conv
 from ._fused_form import BottleneckCall, ConvCall
 from ._fused_plan import DeviceLimits, Pair
@@ -277,7 +277,7 @@ def prepare_bottleneck(call: BottleneckCall, most_clocks: float = math.inf) -> R
     group_plan, group_clocks = None, math.inf
     if limits.has_warpgroups and tensor:
         group_plan, group_clocks = plan_wgmma_bottleneck(problem, call.rows, image, limits, call.in_place)
-    scatter = SCATTER if call.is_stack else 0
+    scatter = scatter_clocks(problem, call.rows, limits) if call.is_stack else 0
     if min(clocks, group_clocks) + scatter > most_clocks:
         return None
     if group_plan is not None and group_clocks < clocks:

@@ -21,13 +21,13 @@ Layouts = tuple[WarpLayout, WarpLayout, WarpLayout]
 _PART_BYTES, _MOST_PARTS = 1 << 14, 4
 
 #: Clocks that a tile waits: for its place, for its window, at barriers; and between two products.
-_WAITS, _BETWEEN = 1340, 800
+_WAITS, _BETWEEN = 1770, 800
 
 #: How likely it is that a mask has its share of the blocks that reach beyond the image.
 _HAS_LAST = 0.25
 
-#: Clocks of a scatter, besides its traffic.
-SCATTER = 4800
+#: Clocks of a scatter, and bytes that each multiprocessor reads and writes in one.
+_SCATTER, _SCATTERED = 804, 26.1
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,12 @@ def bottleneck_clocks(
     inside = tiles_in_image(rows, plan.tile, problem.block, image)
     every, fewer = (plan.clocks.of(ctas, plan.resident, limits.multiprocessors) for ctas in (rows * plan.ctas, inside))
     return (1 - _HAS_LAST) * every + _HAS_LAST * fewer
+
+
+def scatter_clocks(problem: BottleneckProblem, rows: int, limits: DeviceLimits) -> float:
+    """The model of the scatter of a stack of so many blocks of results."""
+    numbers = rows * math.prod(problem.block) * problem.channels
+    return _SCATTER + 2 * numbers * problem.itemsize / (_SCATTERED * limits.multiprocessors)
 
 
 def tiles_in_image(rows: int, tile: Pair, block: Pair, image: Pair) -> int:

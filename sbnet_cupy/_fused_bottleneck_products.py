@@ -25,7 +25,7 @@ _PASS_SUMS = 8
 _NEAR_BYTES = {1: 12 << 10, 2: 25 << 10}
 
 #: Bytes of images in a clock that a multiprocessor brings or writes.
-IMAGES = 25.8
+IMAGES = 32.1
 
 #: Instructions that activate a word of a matrix on its way into a product.
 _ACTIVATION = 7

@@ -34,7 +34,7 @@ class Rates(NamedTuple):
 # arithmetics. docs/performance.md says how near it is, and how good the plans are that it picks.
 
 #: Of convolutions and of bottlenecks, on tensor cores and without them.
-CONV_TENSOR = Rates(products=760, halves=2.75, late=495, rows=6.5, turn=214, exchanged=100)
+CONV_TENSOR = Rates(products=790, halves=2.75, late=476, rows=6.25, turn=206, exchanged=104)
 CONV_PLAIN = Rates(products=178, step=179, rows=7.3, weights=100, exchange=199, exchanged=27)
 BOTTLENECK_TENSOR = Rates(
     products=770, halves=2, step=125, rows=2.5, weights=1.36, near=3.7, exchange=200, exchanged=48
@@ -48,12 +48,14 @@ class Clocks:
 
     waits: float
     works: float
+    #: Clocks of what all multiprocessors share, the L2 cache, if each has such a tile: of fewer tiles, it takes less.
+    shares: float = 0
 
     def __add__(self, other: Clocks) -> Clocks:
-        return Clocks(self.waits + other.waits, self.works + other.works)
+        return Clocks(self.waits + other.waits, self.works + other.works, self.shares + other.shares)
 
     def __mul__(self, count: float) -> Clocks:
-        return Clocks(self.waits * count, self.works * count)
+        return Clocks(self.waits * count, self.works * count, self.shares * count)
 
     @property
     def alone(self) -> float:
@@ -67,7 +69,8 @@ class Clocks:
     def of(self, ctas: int, resident: int, multiprocessors: int) -> float:
         """Clocks of so many tiles, each a CTA, of which each multiprocessor holds some at a time."""
         rounds, rest = divmod(math.ceil(ctas / multiprocessors), resident)
-        return rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
+        own = rounds * self.together(resident) + (self.together(rest) if rest else 0.0)
+        return own + self.shares * ctas / multiprocessors
 
 
 class LaunchClocks(NamedTuple):

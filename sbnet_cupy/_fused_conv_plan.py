@@ -29,20 +29,20 @@ from ._warps import ROWS, WarpLayout, warp_layouts
 _CHUNK_SUMS, _FEW_SUMS, _FEW_PLAIN_SUMS, _FEWEST_SUMS = 12, 12, 9, 8
 
 #: Clocks that a tile waits: for its place, for its window, at barriers.
-_WAITS = 1950
+_WAITS = 1875
 
 #: What a launch takes. It hides nothing: most of what a CTA does waits for the launch before.
-LAUNCH = LaunchClocks(1740)
+LAUNCH = LaunchClocks(1670)
 
 #: Clocks for which a tile waits for each further chunk of its channels: on tensor cores, there where a kernel is one
 #: pixel, so that a chunk has few weights, and without them.
-_CHUNK, _PIXEL_CHUNK, _PLAIN_CHUNK = 1490, 590, 258
+_CHUNK, _PIXEL_CHUNK, _PLAIN_CHUNK = 1430, 512, 258
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
-_BROUGHT, _WRITTEN = 20, 79
+_BROUGHT, _WRITTEN = 20.8, 82
 
 #: Clocks that a warp waits for the residual of 16 x 8 sums.
-_RESIDUAL = 1140
+_RESIDUAL = 851
 
 
 @dataclass(frozen=True)

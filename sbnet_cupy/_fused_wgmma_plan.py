@@ -57,10 +57,6 @@ _ROWS, _READ, _MULTIPLIED = 22.3, 1.71, 4.5
 #: Bytes of results, and of sums that groups exchange, in a clock.
 _WRITTEN, _EXCHANGED = 23.3, 41.7
 
-#: What a launch counts for, of what is expected, where it is held against conv.cu, of which more is expected than it
-#: takes (docs/performance.md). Of 210 problems that both had measured, the choice was best with this.
-_COUNTED = 1.04
-
 
 class GroupLayout(NamedTuple):
     """How the warpgroups of a CTA share a tile. Mirrored by Warpgroups of kernels/warpgroup.cuh."""
@@ -126,9 +122,8 @@ class WgmmaPlan(NamedTuple):
 
 
 def plan_wgmma(problem: ConvProblem, rows: int, limits: DeviceLimits) -> tuple[WgmmaPlan | None, float]:
-    """The plan that the model takes for fastest for so many blocks, and what its clocks count; None if none fits."""
-    plan, clocks = fastest(_contenders(problem, limits), rows, limits, LAUNCH)
-    return plan, _COUNTED * clocks
+    """The plan that the model takes for fastest for so many blocks, and its clocks; None if none fits."""
+    return fastest(_contenders(problem, limits), rows, limits, LAUNCH)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,52 +29,55 @@ def write(path: Path, rows: list[tuple[Case, float]]) -> None:
             writer.writerow([case.network.name, case.bsize, case.rows, us, True, "a device"])
 
 
-def cases() -> list[Case]:
-    return [case for network in composed.float32_networks()[::3] for case, _ in plans.cases_of(network)][::4]
+def cases(precision: str) -> list[Case]:
+    found = [network for network in composed.every_network() if network.precision.name == precision]
+    return [case for network in found[::3] for case, _ in plans.cases_of(network)][::4]
 
 
-def test_networks_are_those_in_float32() -> None:
-    found = composed.float32_networks()
+def test_networks_are_those_of_the_benchmark() -> None:
+    found = composed.every_network()
     assert {network.kind for network in found} == {"conv", "bottleneck"}
-    assert {network.precision.name for network in found} == {"float32"}
-    assert len(found) == 2 * len(stages.STAGES)
+    assert {network.precision.name for network in found} == set(composed.NUMBERS)
+    assert len(found) == 2 * 3 * len(stages.STAGES)
 
 
-def test_numbers_are_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("precision", composed.NUMBERS)
+def test_numbers_are_found_again(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Times that the model itself gives, with a number changed: it is what fits, and nothing stays changed."""
-    before, changed = [number.value for number in composed.NUMBERS], composed.NUMBERS[3:4]
+    numbers = composed.NUMBERS[precision]
+    before, changed = [number.value for number in numbers], numbers[3:4]
     with fit.as_they_were(changed):
         changed[0].put(changed[0].value * 1.3)
-        write(tmp_path / "record.csv", [(case, composed.composed(case) / fit.MHZ) for case in cases()])
-    record = composed.Measured(tmp_path / "record.csv")
+        write(tmp_path / "record.csv", [(case, composed.composed(case) / fit.MHZ) for case in cases(precision)])
+    record = composed.Measured(tmp_path / "record.csv", precision)
     assert float(np.abs(np.log(record.expected() / record.times)).mean()) > 0.002
     with fit.as_they_were(changed):
         fit.fit(changed, record)
         assert changed[0].value == pytest.approx(1.3 * before[3], rel=0.01)
         assert "expected 1.000 of the time" in record.report()
-        assert "choice 1.0000 of the better engine's time, at most 1.000" in record.report()
-    assert composed.main(["--fit", "--record", str(tmp_path / "record.csv")]) == 0
-    assert [number.value for number in composed.NUMBERS] == before
-    assert "_composed_clocks._FLOAT32 products" in capsys.readouterr().out
+    assert [number.value for number in numbers] == before
 
 
-def test_a_choice_that_loses_is_reported(tmp_path: Path) -> None:
-    """The slower engine is chosen where the model is wrong."""
-    case = cases()[0]
-    fused, expected = composed.fused(case) / fit.MHZ, composed.composed(case) / fit.MHZ
-    assert fused < expected
-    write(tmp_path / "record.csv", [(case, fused / 2)])
-    assert "at most 2.000" in composed.Measured(tmp_path / "record.csv").report()
+def test_a_fit_is_printed_for_each_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [number.value for numbers in composed.NUMBERS.values() for number in numbers]
+    assert composed.main(["--fit"]) == 0
+    assert [number.value for numbers in composed.NUMBERS.values() for number in numbers] == before
+    printed = capsys.readouterr().out
+    for name in (*composed.NUMBERS, "_composed_clocks._FLOAT32 matrix", "_composed_clocks._TF32 call"):
+        assert name in printed
 
 
 @pytest.mark.parametrize("kind", ["conv", "bottleneck"])
-def test_the_model_is_asked_for_the_stacks_of_a_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", stages.PRECISIONS, ids=lambda precision: precision.name)
+def test_the_model_is_asked_for_the_stacks_of_a_call(
+    kind: str, precision: stages.Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = list[Any]()
     monkeypatch.setattr(composed, "composed_clocks", lambda *arguments: asked.append(arguments) or 1.0)
-    network = stages.Network(kind, SMALL, stages.PRECISIONS[0])
+    network = stages.Network(kind, SMALL, precision)
     assert composed.composed(Case(network, 9, 5)) == 1.0
     ((convs, itemsize, tf32, multiprocessors),) = asked
-    assert (itemsize, tf32, multiprocessors) == (4, False, 132)
+    assert (itemsize, tf32, multiprocessors) == (2 if precision.name == "float16" else 4, precision.tf32, 132)
     assert [conv.size for conv in convs] == [ConvSize.of(shape) for shape in network.layers]
     whole, tile = 5 * 9 * 9, 5 * 7 * 7
     pixels = [(whole, tile)] if kind == "conv" else [(whole, whole), (whole, tile), (tile, tile)]
@@ -97,7 +100,7 @@ def test_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert list(rows[0]) == list(composed.COLUMNS)
     assert {(row["right"], row["us"], row["device"]) for row in rows} == {("True", "12.346", "a device")}
-    assert len({row["network"] for row in rows}) == 2
+    assert len({row["network"] for row in rows}) == 2 * len(stages.PRECISIONS)
     monkeypatch.setattr(networks.Sparse, "_are_right", lambda *_: False)
     assert composed.main(["--record", str(path)]) == 1
     printed = "".join(capsys.readouterr())
@@ -111,8 +114,8 @@ def test_a_device_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bench.composed: error: the engine is timed on a CUDA device" in capsys.readouterr().err
 
 
-def test_the_record_is_as_good_as_the_page_says() -> None:
+@pytest.mark.parametrize("precision", composed.NUMBERS)
+def test_the_record_is_as_good_as_the_page_says(precision: str) -> None:
     text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert {row["right"] for row in csv.DictReader(composed.PATH.read_text().splitlines())} == {"True"}
-    problems, mean, error, choice, most = re.findall(r"\d[\d.]*\d|\d", composed.Measured(composed.PATH).report())
-    assert f"| {problems} | {mean} | {error} | {float(choice):.3f}, {most} |" in text
+    problems, mean, error = re.findall(r"\d[\d.]*\d", composed.Measured(composed.PATH, precision).report())
+    assert f"| {precision} | {problems} | {mean} | {error} |" in text

@@ -18,6 +18,7 @@ from sbnet_cupy._fused_bottleneck_plan import (
     bottleneck_plans,
     plan_bottleneck,
     rows_of,
+    scatter_clocks,
     tiles_in_image,
 )
 from sbnet_cupy._fused_clocks import Clocks, LaunchClocks, Rates, plain_rates, steps_ahead
@@ -245,6 +246,25 @@ def test_clocks_of_several_tiles() -> None:
     assert [tile.of(ctas, 1, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 28, 42]
     assert [tile.of(ctas, 2, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 18, 32]
     assert tile + tile * 2 == Clocks(30, 12)
+
+
+def test_clocks_of_what_multiprocessors_share() -> None:
+    """As many as there are tiles, whatever holds them: half of the multiprocessors take half of them."""
+    tile = Clocks(10, 4, 6)
+    assert [tile.of(ctas, 1, 2) for ctas in (1, 2, 3)] == [14 + 3, 14 + 6, 28 + 9]
+    assert [tile.of(ctas, 2, 2) for ctas in (2, 4)] == [14 + 6, 18 + 12]
+    assert tile + tile * 2 == Clocks(30, 12, 18)
+
+
+def test_clocks_of_a_scatter() -> None:
+    """By its traffic: all blocks' results are read and written, by all multiprocessors together."""
+    problem = BottleneckProblem(96, 24, 2, (3, 3), (16, 16), True)
+    clocks = [scatter_clocks(problem, rows, LIMITS[0]) for rows in (0, 100, 200)]
+    assert clocks[0] > 0
+    assert clocks[2] - clocks[1] == pytest.approx(clocks[1] - clocks[0])
+    wider = BottleneckProblem(192, 24, 4, (3, 3), (16, 16), True)
+    assert scatter_clocks(wider, 50, LIMITS[0]) == pytest.approx(clocks[2])
+    assert scatter_clocks(problem, 100, LIMITS[1]) > clocks[1]
     assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
 
 

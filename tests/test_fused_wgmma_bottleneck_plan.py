@@ -18,6 +18,7 @@ from sbnet_cupy import BlockIndices, BottleneckWeights, calc_block_params_res_bl
 from sbnet_cupy._fused_bottleneck_plan import BottleneckProblem, bottleneck_clocks
 from sbnet_cupy._fused_plan import DeviceLimits
 from sbnet_cupy._fused_wgmma_bottleneck_plan import (
+    COUNTED,
     WgmmaBottleneckPlan,
     plan_wgmma_bottleneck,
     wgmma_bottleneck_plans,
@@ -82,7 +83,7 @@ def test_plans(
     for plan in plans:
         check(plan, problem, limits)
     timed = [
-        (plan, 1.14 * bottleneck_clocks(plan, problem, rows, image, limits))
+        (plan, COUNTED * bottleneck_clocks(plan, problem, rows, image, limits))
         for plan in plans
         if not in_place or rows * plan.ctas <= limits.multiprocessors
     ]

@@ -68,7 +68,7 @@ def test_plans(problem: ConvProblem, rows: int, limits: DeviceLimits) -> None:
         check(plan, problem, limits)
     timed = [(plan, launch_clocks(plan, rows, limits, LAUNCH)) for plan in plans if is_crowded(plan, rows, limits)]
     best, clocks = plan_wgmma(problem, rows, limits)
-    assert (best, clocks) == (fastest(timed)[0], pytest.approx(1.04 * fastest(timed)[1]))
+    assert (best, clocks) == (fastest(timed)[0], pytest.approx(fastest(timed)[1]))
 
 
 def test_a_launch_hides_what_it_can() -> None:
