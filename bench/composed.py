@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +25,11 @@ from sbnet_cupy._conv_geometry import make_chain
 from sbnet_cupy._fused_network import FusedBlocks
 
 from .fit import H200, MHZ, Array, Number, print_fit
+from .fit import Measured as MeasuredPlans
 from .network_data import Scene
 from .networks import Sparse, compile_ahead
 from .options import no_device
-from .plan_kinds import Case
+from .plan_kinds import KINDS, Case
 from .plans import REPEATS, cases_of
 from .record import RESULTS, machine
 from .stages import Network, networks
@@ -90,8 +93,18 @@ class Measured:
         rows = [row for row in csv.DictReader(path.read_text().splitlines()) if row["network"] in by_name]
         self.cases = [Case(by_name[row["network"]], int(row["bsize"]), int(row["rows"])) for row in rows]
         self.times: Array = np.array([float(row["us"]) for row in rows])
-        #: That all count the same.
-        self.best = self.times
+        self.folder, self.precision = path.parent, precision
+
+    @functools.cached_property
+    def weights(self) -> Array:
+        """How much each problem counts: the more, the nearer the fused engine is, as far as its plans were measured."""
+        fused: dict[Case, float] = {}
+        for name, kind in KINDS.items():
+            plans = self.folder / f"{name}.csv"
+            if self.precision in kind.precisions and plans.exists():
+                for (case, _), (_, times) in MeasuredPlans(name, plans).cases.items():
+                    fused[case] = min(fused.get(case, math.inf), *times)
+        return np.minimum([fused.get(case, math.inf) / us for case, us in zip(self.cases, self.times)], 1)
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""

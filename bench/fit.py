@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -125,9 +126,12 @@ NUMBERS = {
 class Record(Protocol):
     """Problems that were measured."""
 
-    #: Microseconds, and those of the fastest plan for the same.
+    #: Microseconds.
     times: Array
-    best: Array
+
+    @property
+    def weights(self) -> Array:
+        """How much each one counts in a fit."""
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""
@@ -150,8 +154,12 @@ class Measured:
             plans.append(self.kind.read(map(int, row["plan"].split())))
             times.append(float(row["us"]))
         self.times = np.concatenate([times for _, times in self.cases.values()])
-        #: The same of the fastest plan of each one's case.
-        self.best = np.concatenate([[min(times)] * len(times) for _, times in self.cases.values()])
+
+    @functools.cached_property
+    def weights(self) -> Array:
+        """How much each plan counts: the more, the nearer it is to the fastest one, among which a choice is made."""
+        best = np.concatenate([[min(times)] * len(times) for _, times in self.cases.values()])
+        return (best / self.times) ** 4
 
     def expected(self) -> Array:
         """Microseconds by the model as it is."""
@@ -186,18 +194,15 @@ def as_they_were(numbers: Sequence[Number]) -> Iterator[None]:
 
 
 def fit(numbers: Sequence[Number], measured: Record) -> None:
-    """Change the numbers to those with which the model is nearest: least squares of logarithms.
-
-    The nearer a plan is to the fastest one, among which a choice is made, the more it counts; outliers count less.
-    """
+    """Change the numbers to those with which the model is nearest: least squares of logarithms. Outliers count less."""
     from scipy.optimize import least_squares
 
-    begin, weights = np.log([number.value for number in numbers]), (measured.best / measured.times) ** 4
+    begin = np.log([number.value for number in numbers])
 
     def errors(logarithms: Array) -> Array:
         for number, logarithm in zip(numbers, logarithms):
             number.put(float(np.exp(logarithm)))
-        return weights * np.log(measured.expected() / measured.times)
+        return measured.weights * np.log(measured.expected() / measured.times)
 
     bounds = begin - np.log(REACH), begin + np.log(REACH)
     errors(least_squares(errors, begin, bounds=bounds, loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=12).x)

@@ -54,8 +54,8 @@ class _Rates(NamedTuple):
 
 # Fitted by `python -m bench.composed --fit` to what that has measured on H200s: with cuDNN on tensor cores, with cuBLAS
 # in IEEE float32. docs/performance.md says how near it is.
-_HALF = _Rates(9940, 10010, 5.85, 1375, 19.2, 128)
-_TF32 = _Rates(8130, 10590, 7.84, 694, 18.4, 128)
+_HALF = _Rates(12800, 8010, 6.26, 1669, 18.1, 128)
+_TF32 = _Rates(7820, 9720, 9.05, 819, 17.3, 128)
 _FLOAT32 = _Rates(18300, 8040, 18.6, 95.7, 17.5, 64, matrix=2890, matrix_bytes=30.2)
 
 

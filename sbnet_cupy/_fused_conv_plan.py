@@ -36,13 +36,13 @@ LAUNCH = LaunchClocks(1670)
 
 #: Clocks for which a tile waits for each further chunk of its channels: on tensor cores, there where a kernel is one
 #: pixel, so that a chunk has few weights, and without them.
-_CHUNK, _PIXEL_CHUNK, _PLAIN_CHUNK = 1430, 512, 258
+_CHUNK, _PIXEL_CHUNK, _PLAIN_CHUNK = 1430, 590, 258
 
 #: Bytes of windows in a clock that a multiprocessor brings, and of results that it writes.
 _BROUGHT, _WRITTEN = 20.8, 82
 
 #: Clocks that a warp waits for the residual of 16 x 8 sums.
-_RESIDUAL = 851
+_RESIDUAL = 1140
 
 
 @dataclass(frozen=True)
