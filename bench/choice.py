@@ -9,76 +9,59 @@ as far as ``bench.plans`` and ``bench.composed`` have measured them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from . import composed
-from .fit import Measured
+from .fit import Measured, Pick
 from .plan_kinds import KINDS, Case
 from .record import RESULTS
 
 
-class Way(NamedTuple):
-    """A way to compute a problem."""
-
-    name: str
-    #: Microseconds for which it counts where ways are held against each other, by its model.
-    counts: float
-    #: Microseconds of the plan that the model picks, and of the fastest plan.
-    picked: float
-    fastest: float
-
-
 class Choice(NamedTuple):
-    """A problem, and all ways that were measured."""
+    """A problem, and what the model of each way picks for it, by the names of the ways."""
 
     case: Case
-    ways: Sequence[Way]
+    ways: dict[str, Pick]
 
     @property
-    def chosen(self) -> Way:
-        """The one that the models choose."""
-        return min(self.ways, key=lambda way: way.counts)
+    def chosen(self) -> str:
+        """The way that the models choose."""
+        return min(self.ways, key=self.counts)
+
+    def counts(self, way: str) -> float:
+        """Microseconds for which a way counts where it is held against others."""
+        return self.ways[way].expected_us * (KINDS[way].counted if way in KINDS else 1)
 
     @property
     def lost_to_ways(self) -> float:
-        """Its time, of that of the best way."""
-        return self.chosen.picked / min(way.picked for way in self.ways)
+        """The chosen way's time, of that of the best way."""
+        return self.ways[self.chosen].us / min(pick.us for pick in self.ways.values())
 
     @property
     def lost_to_plans(self) -> float:
-        """Its time, of that of the fastest plan of any way."""
-        return self.chosen.picked / min(way.fastest for way in self.ways)
+        """The chosen way's time, of that of the fastest plan of any way."""
+        return self.ways[self.chosen].us / min(pick.best_us for pick in self.ways.values())
 
 
-def choices(kind: str, precision: str, folder: Path) -> list[Choice]:
-    """All problems of networks of a kind in a precision that the composed engine and another way were measured for."""
-    found: dict[Case, list[Way]] = {}
-    for name, each in KINDS.items():
-        if each.network == kind and precision in each.precisions:
-            for case, way in _fused_ways(name, folder / f"{name}.csv"):
-                if case.network.precision.name == precision:
-                    found.setdefault(case, []).append(way)
-    record = composed.Measured(folder / composed.PATH.name, precision)
-    found_both = []
-    for case, expected, us in zip(record.cases, record.expected(), record.times):
-        if case in found:
-            found_both.append(Choice(case, [*found[case], Way("composed", expected, us, us)]))
-    return found_both
-
-
-def _fused_ways(name: str, path: Path) -> Iterator[tuple[Case, Way]]:
-    """Of the problems in the record of a kind of plans."""
-    kind, record = KINDS[name], Measured(name, path)
-    expected, begin = record.expected(), 0
-    for (case, _), (_, times) in record.cases.items():
-        own = expected[begin : begin + len(times)]
-        begin += len(times)
-        pick = int(own.argmin())
-        yield case, Way(name, kind.counted * float(own[pick]), times[pick], min(times))
+def choices(folder: Path) -> dict[tuple[str, str], list[Choice]]:
+    """All problems that the composed engine and another way were measured for, by kind of network and precision."""
+    fused: dict[Case, dict[str, Pick]] = {}
+    for name in KINDS:
+        path = folder / f"{name}.csv"
+        for pick in Measured(name, path).picks() if path.exists() else ():
+            fused.setdefault(pick.case, {})[name] = pick
+    found: dict[tuple[str, str], list[Choice]] = {}
+    for precision in composed.NUMBERS:
+        record = composed.Measured(folder / composed.PATH.name, precision)
+        for case, expected, us in zip(record.cases, record.expected(), record.times):
+            if case in fused:
+                ways = {**fused[case], "composed": Pick(case, expected, us, us)}
+                found.setdefault((case.network.kind, precision), []).append(Choice(case, ways))
+    return found
 
 
 def report(found: Sequence[Choice]) -> str:
@@ -98,14 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plans", type=Path, default=RESULTS / "plans", help="folder (default: bench/results/plans)")
     parser.add_argument("--worst", type=int, default=0, metavar="COUNT", help="also so many choices that lose most")
     options = parser.parse_args(arguments)
-    for kind in ("conv", "bottleneck"):
-        for precision in composed.NUMBERS:
-            found = choices(kind, precision, options.plans)
-            print(f"{kind}, {precision}: {report(found)}")
-            for choice in sorted(found, key=lambda choice: choice.lost_to_ways, reverse=True)[: options.worst]:
-                ways = "; ".join(f"{way.name} {way.picked:.1f} us, counts {way.counts:.1f}" for way in choice.ways)
-                case = choice.case
-                print(f"  {choice.lost_to_ways:.3f}  {case.network.name}, {case.rows} blocks of {case.bsize}: {ways}")
+    for (kind, precision), found in choices(options.plans).items():
+        print(f"{kind}, {precision}: {report(found)}")
+        for choice in sorted(found, key=lambda choice: choice.lost_to_ways, reverse=True)[: options.worst]:
+            each = (f"{way} {pick.us:.1f} us, counts {choice.counts(way):.1f}" for way, pick in choice.ways.items())
+            ways, case = "; ".join(each), choice.case
+            print(f"  {choice.lost_to_ways:.3f}  {case.network.name}, {case.rows} blocks of {case.bsize}: {ways}")
 
 
 if __name__ == "__main__":

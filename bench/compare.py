@@ -8,32 +8,14 @@ for it in each. Records are of different cards, and of different samples: ``benc
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from .record import RESULTS
-from .table import OURS
-from .versions import THIS, Timed, summary
+from .versions import THIS, Timed, recorded, summary
 
-_KINDS = ("conv", "bottleneck")
-
-
-def recorded(folder: Path, version: str) -> list[Timed]:
-    """Times of the library in place, with every block size of every mask."""
-    found = []
-    for kind in _KINDS:
-        record = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
-        for row in record["results"]:
-            has = row["parameters"]
-            if row["implementation"] == OURS and has.get("role") in ("sweep", "curve", "mask") and row["median_us"]:
-                network, right, device = (
-                    row["case"].split(", ")[0],
-                    row["check"] == "equal",
-                    record["machine"]["device"],
-                )
-                found.append(Timed(kind, network, has["mask"], has["bsize"], version, row["median_us"], right, device))
-    return found
+#: Roles of rows with a block size: of a sweep, and the best one of a mask.
+ROLES = ("sweep", "curve", "mask")
 
 
 def at_the_best_size(rows: Sequence[Timed]) -> list[Timed]:
@@ -60,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the other record")
     parser.add_argument("--record", type=Path, default=RESULTS, help="this record (default: bench/results)")
     options = parser.parse_args(arguments)
-    rows = recorded(options.folder, "the other record") + recorded(options.record, THIS)
+    rows = recorded(ROLES, options.folder, "the other record") + recorded(ROLES, options.record, THIS)
     print("every block size that both have", *summary(in_both(rows)), sep="\n")
     print("each mask at its best block size (0: whichever)", *summary(in_both(at_the_best_size(rows))), sep="\n")
 

@@ -140,6 +140,16 @@ class Record(Protocol):
         """How near the model is, and how good its choice."""
 
 
+class Pick(NamedTuple):
+    """What a model picks for a case, among the plans that were measured."""
+
+    case: Case
+    #: Microseconds that it expects, and that this took; and those of the fastest plan.
+    expected_us: float
+    us: float
+    best_us: float
+
+
 class Measured:
     """The record of a kind."""
 
@@ -166,15 +176,19 @@ class Measured:
         clocks = [self.kind.clocks(plans, case, H200) for (case, _), (plans, _) in self.cases.items()]
         return np.concatenate(clocks) / MHZ
 
+    def picks(self) -> Iterator[Pick]:
+        """Of each case, the plan that the model takes for fastest."""
+        expected, begin = self.expected(), 0
+        for (case, _), (_, times) in self.cases.items():
+            own = expected[begin : begin + len(times)]
+            number = int(own.argmin())
+            yield Pick(case, float(own[number]), times[number], min(times))
+            begin += len(times)
+
     def report(self) -> str:
         """How near the model is, and how good its choice among the measured plans."""
-        expected = self.expected()
-        errors = np.log(expected / self.times)
-        begin, losses = 0, []
-        for _, times in self.cases.values():
-            end = begin + len(times)
-            losses.append(times[int(expected[begin:end].argmin())] / min(times))
-            begin = end
+        errors = np.log(self.expected() / self.times)
+        losses = [pick.us / pick.best_us for pick in self.picks()]
         return (
             f"{len(errors)} plans of {len(losses)} problems: expected {np.exp(errors.mean()):.3f} of the time, "
             f"root mean square error {np.sqrt((errors**2).mean()):.3f}; "

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from .networks import Sparse, compile_ahead
 from .options import no_device
 from .record import RESULTS, machine
 from .stages import REAL_MASKS, SPARSITIES, networks, top_left_case
+from .table import OURS
 from .timing import free_memory, start_run, time_captured
 
 #: This version's name, and samples of a figure.
@@ -54,15 +55,22 @@ class Timed(NamedTuple):
         return self.kind, self.network, self.mask, self.bsize
 
 
-def recorded_cases(folder: Path = RESULTS) -> list[tuple[str, str, str, int]]:
-    """Kind, network, mask and block size of every figure of a mask in the recorded networks."""
+def recorded(roles: Collection[str], folder: Path = RESULTS, version: str = THIS) -> list[Timed]:
+    """Times of the library in the recorded networks: of a call in place that is there for one of some roles."""
     found = []
     for kind in ("conv", "bottleneck"):
-        for row in json.loads((folder / f"{kind}.json").read_text())["results"]:
-            has = row["parameters"]
-            if row["implementation"] == "sbnet_cupy" and has.get("role") in ("curve", "mask"):
-                found.append((kind, row["case"].split(", ")[0], has["mask"], has["bsize"]))
-    return list(dict.fromkeys(found))
+        record = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
+        for row in record["results"]:
+            has, us, right = row["parameters"], row["median_us"], row["check"] == "equal"
+            if row["implementation"] == OURS and has.get("role") in roles and us:
+                network, device = row["case"].split(", ")[0], record["machine"]["device"]
+                found.append(Timed(kind, network, has["mask"], has["bsize"], version, us, right, device))
+    return found
+
+
+def recorded_cases(folder: Path = RESULTS) -> list[tuple[str, str, str, int]]:
+    """Kind, network, mask and block size of every figure of a mask in the recorded networks."""
+    return list(dict.fromkeys(row.case for row in recorded(("curve", "mask"), folder)))
 
 
 def time_cases() -> None:

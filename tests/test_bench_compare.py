@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import compare, versions
 from bench.record import RESULTS
 from bench.table import OURS
 
@@ -59,8 +59,8 @@ def test_what_became_slower_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_other_figures_are_left_out(tmp_path: Path, others: dict[str, Any]) -> None:
-    assert len(compare.recorded(write(tmp_path, {("roads", 18): 5.0}), "this")) == 1
-    assert not compare.recorded(write(tmp_path, {("roads", 18): 5.0}, **others), "this")
+    assert len(versions.recorded(compare.ROLES, write(tmp_path, {("roads", 18): 5.0}))) == 1
+    assert not versions.recorded(compare.ROLES, write(tmp_path, {("roads", 18): 5.0}, **others))
 
 
 def test_the_committed_record_can_be_compared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,10 +35,10 @@ from sbnet_cupy._engine import Route
 from sbnet_cupy._validate import Spec
 
 HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+BRAIN = np.dtype(ml_dtypes.bfloat16)
 
 #: Clocks of a scatter, where the model has no say.
 SCATTER = 4800
-BRAIN = np.dtype(ml_dtypes.bfloat16)
 
 
 def test_images_that_auto_gathers() -> None:

@@ -246,6 +246,7 @@ def test_clocks_of_several_tiles() -> None:
     assert [tile.of(ctas, 1, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 28, 42]
     assert [tile.of(ctas, 2, 2) for ctas in (1, 2, 3, 5)] == [14, 14, 18, 32]
     assert tile + tile * 2 == Clocks(30, 12)
+    assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
 
 
 def test_clocks_of_what_multiprocessors_share() -> None:
@@ -265,7 +266,6 @@ def test_clocks_of_a_scatter() -> None:
     wider = BottleneckProblem(192, 24, 4, (3, 3), (16, 16), True)
     assert scatter_clocks(wider, 50, LIMITS[0]) == pytest.approx(clocks[2])
     assert scatter_clocks(problem, 100, LIMITS[1]) > clocks[1]
-    assert [steps_ahead(n) for n in (1, 2, 3, 4, 6, 8, 12)] == [8, 6, 3, 3, 2, 1, 1]  # as in kernels/products.cuh
 
 
 def test_rates_of_plain_arithmetic() -> None:
