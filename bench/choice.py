@@ -52,12 +52,14 @@ def choices(folder: Path) -> dict[tuple[str, str], list[Choice]]:
     fused: dict[Case, dict[str, Pick]] = {}
     for name in KINDS:
         path = folder / f"{name}.csv"
-        for pick in Measured(name, path).picks() if path.exists() else ():
-            fused.setdefault(pick.case, {})[name] = pick
+        if path.exists():
+            record = Measured(name, path)
+            for pick in record.picks(record.expected()):
+                fused.setdefault(pick.case, {})[name] = pick
     found: dict[tuple[str, str], list[Choice]] = {}
     for precision in composed.NUMBERS:
-        record = composed.Measured(folder / composed.PATH.name, precision)
-        for case, expected, us in zip(record.cases, record.expected(), record.times):
+        stacks = composed.Measured(folder / composed.PATH.name, precision)
+        for case, expected, us in zip(stacks.cases, stacks.expected(), stacks.times):
             if case in fused:
                 ways = {**fused[case], "composed": Pick(case, expected, us, us)}
                 found.setdefault((case.network.kind, precision), []).append(Choice(case, ways))

@@ -121,14 +121,19 @@ def run_version(folder: Path, code: str, given: str = "") -> str:
 
 
 def summary(rows: Sequence[Timed]) -> list[str]:
-    """For each other version and kind: how this one's times are to its, and which are longer. The least ones count."""
+    """For each other version and kind: how this one's times are to its, and which are longer.
+
+    Of the cases that both have; the least time of a case counts.
+    """
     least: dict[str, dict[tuple[str, str, str, int], float]] = {}
     for row in rows:
         of_version = least.setdefault(row.version, {})
         of_version[row.case] = min(row.us, of_version.get(row.case, math.inf))
     mine, lines = least.pop(THIS), []
     for version, kind in itertools.product(least, dict.fromkeys(row.kind for row in rows)):
-        ratios = {case: mine[case] / us for case, us in least[version].items() if case[0] == kind}
+        ratios = {case: mine[case] / us for case, us in least[version].items() if case[0] == kind and case in mine}
+        if not ratios:
+            continue
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         slower = sorted(((ratio, case) for case, ratio in ratios.items() if ratio > APART), reverse=True)
         faster = sum(ratio < 1 / APART for ratio in ratios.values())

@@ -49,6 +49,8 @@ def test_what_is_slower_is_told() -> None:
         *timed("a", THIS, 9.0, 9.9),
         *timed("b", THIS, 6.0, 5.0),
         *timed("c", THIS, 4.0, 4.2),
+        *timed("old alone", "old", 1.0),
+        *timed("this alone", THIS, 2.0),
     ]
     first, *slower = versions.summary(rows)
     assert first == ("conv, 3 rows: 0.855 of the time of old (geometric mean); more than 5 % faster: 1, slower: 1")
